@@ -1,0 +1,50 @@
+"""Find the blocks, give every Linear its role, and let the recipe say what each becomes.
+
+Linear layer -> QuantSpec on its activation edge and on its weight edge; patch embedding likewise.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+
+from vitq_compiler.annotations import understand
+from vitq_compiler.errors import ModelError
+from vitq_compiler.graph import Node
+from vitq_compiler.pipeline import Compilation, Fact, Pass
+from vitq_compiler.quant import Edge
+
+
+@dataclass(frozen=True)
+class Annotate(Pass):
+    """graph -> roles of Linear layers and a QuantSpec for each edge to quantize"""
+
+    name = "annotate"
+    requires = frozenset({Fact.CANONICAL})
+    provides = frozenset({Fact.ANNOTATED})
+
+    def run(self, c: Compilation) -> int:
+        c.graph.infer_shapes()
+        c.annotations = understand(c.graph)
+        if not c.annotations.attentions:
+            near = [f"{f.where}: {f.reason}" for f in c.annotations.failures]
+            raise ModelError(f"no transformer block found ({'; nearest ' + near[0] if near else 'the graph has no softmax of a product'}); is this a vision transformer?")
+        for failure in c.annotations.failures:
+            self.note(c, failure.where, f"not an attention block: {failure.reason}")
+        for linear in c.annotations.linears:
+            self._specify(c, linear.matmul, linear.role)
+        for node in c.annotations.patch_embeddings:
+            self._specify(c, node, "patch_embed")
+        if not c.specs:
+            raise ModelError("nothing is left to quantize: every Linear is excluded or of a role that the recipe keeps in float")
+        return len(c.specs)
+
+    def _specify(self, c: Compilation, node: Node, role: str) -> None:
+        names = (node.name, c.graph.scope(node))
+        if pattern := next((p for p in c.recipe.exclude if any(re.search(p, n) for n in names)), None):
+            self.note(c, node.name, f"excluded by {pattern!r}")
+        elif role in c.recipe.float_roles:
+            self.note(c, node.name, f"role {role} stays in float in recipe {c.recipe.name}")
+        else:
+            c.specs[Edge(node.name, 0)] = c.recipe.activation
+            c.specs[Edge(node.name, 1)] = c.recipe.weight

@@ -1,0 +1,26 @@
+"""Calibration data -> the range of every activation that is to be quantized, per channel."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from vitq_compiler.calibration import collect
+from vitq_compiler.pipeline import Compilation, Fact, Pass
+
+
+@dataclass(frozen=True)
+class Calibrate(Pass):
+    """float graph + data -> CalibrationTable"""
+
+    name = "calibrate"
+    requires = frozenset({Fact.ANNOTATED})
+    provides = frozenset({Fact.CALIBRATED})
+
+    def run(self, c: Compilation) -> int:
+        axes = {}
+        for edge in c.specs:
+            node = c.graph.node(edge.node)
+            if edge.index == 0:
+                axes[node.inputs[0].name] = 1 if node.op == "Conv" else -1
+        c.table = collect(c.graph, axes, c.data.calibration(), c.data.calibration_count, threads=c.threads, progress=c.progress)
+        return len(axes)

@@ -1,0 +1,182 @@
+"""Any exporter's graph -> the canonical graph: constants folded, shape arithmetic folded, no-ops gone, constants unshared.
+
+Shapes are folded by observation. A tensor is *static* if it is computed from constants and from shapes of activations
+alone, so it can depend on the input's sizes only. Where the batch is the one size left open, the graph is run with two
+batch sizes: what did not change is a constant, what grew with the batch is written as a function of the batch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+
+from vitq_compiler.errors import TargetError
+from vitq_compiler.graph import Array, Graph, Node, Tensor, is_constant, producer, readers, scalar, value
+from vitq_compiler.pipeline import Compilation, Fact, Pass
+from vitq_compiler.runtime import probe, probe_feed
+
+BATCHES = (2, 3)
+RANDOM_OPS = frozenset({"RandomNormal", "RandomUniform", "RandomNormalLike", "RandomUniformLike", "Bernoulli", "Multinomial"})
+ELEMENTWISE = frozenset({"Add", "Sub", "Mul", "Div", "Where", "And", "Or"})
+
+
+@dataclass(frozen=True)
+class Canonicalize(Pass):
+    """exporter's graph -> constants, static shapes, no no-ops, every constant with one reader"""
+
+    name = "canonicalize"
+    provides = frozenset({Fact.CANONICAL})
+    exact = True
+
+    def run(self, c: Compilation) -> int:
+        graph = c.graph
+        changes = fold_constant_nodes(graph) + fold_static(graph, c.threads, lambda reason: self.note(c, "shapes", reason))
+        graph.infer_shapes()
+        changes += remove_no_ops(graph)
+        changes += unshare_constants(graph)
+        graph.clean().infer_shapes()
+        return changes
+
+
+def fold_constant_nodes(graph: Graph) -> int:
+    """Constant nodes -> initializers."""
+    nodes = graph.find("Constant")
+    for node in nodes:
+        held = next(iter(node.attrs.values()))
+        array = np.asarray(getattr(held, "values", held))
+        if array.dtype == np.float64 and "value" not in node.attrs:
+            array = array.astype(np.float32)  # value_float(s)
+        graph.replace(node.outputs[0], graph.constant(f"{node.outputs[0].name}/value", array))
+        graph.remove(node)
+    return len(nodes)
+
+
+def fold_static(graph: Graph, threads: int, note: Callable[[str], None]) -> int:
+    """Replace static tensors by constants or by functions of the batch; returns how many."""
+    open_sizes = [d for spec in graph.inputs for d in spec.shape[1:] if not (isinstance(d, int) and d > 0)]
+    static = _static_nodes(graph, through_shapes=not open_sizes)
+    frontier = [
+        t for n in graph.nodes if id(n) in static for t in n.outputs if graph.is_output(t) or any(id(r) not in static for r in readers(t))
+    ]
+    reshapes = {} if open_sizes else {n.name: graph.insert("Shape", [n.outputs[0]], name=f"{n.name}/observed") for n in graph.find("Reshape")}
+    if open_sizes:
+        note(f"input sizes {sorted(set(map(str, open_sizes)))} are dynamic, so shape arithmetic is kept")
+    if not frontier and not reshapes:
+        return 0
+    feeds = [probe_feed(graph.inputs, batch) for batch in BATCHES]
+    try:
+        small, large = probe(graph, [t.name for t in [*frontier, *reshapes.values()]], feeds, threads=threads)
+    except TargetError as error:
+        graph.clean()
+        note(f"shape arithmetic is kept: {error}")
+        return 0
+    changes = sum(_fold_reshape(graph, graph.node(name), small[t.name], large[t.name]) for name, t in reshapes.items())
+    batch: Tensor | None = None
+    for tensor in frontier:
+        first, second = small[tensor.name], large[tensor.name]
+        if first.shape == second.shape and np.array_equal(first, second, equal_nan=first.dtype.kind == "f"):
+            changes += graph.replace(tensor, graph.constant(f"{tensor.name}/folded", first))
+            continue
+        if not tensor.outputs and not graph.is_output(tensor):
+            continue
+        batch = batch if batch is not None else _batch_of(graph)
+        changes += _fold_batched(graph, tensor, first, second, batch)
+    return changes
+
+
+def _static_nodes(graph: Graph, *, through_shapes: bool) -> set[int]:
+    static: set[int] = set()
+    for node in graph.clean().nodes:
+        if node.op in RANDOM_OPS or not node.outputs:
+            continue
+        known = all(is_constant(t) or not t.name or (producer(t) is not None and id(producer(t)) in static) for t in node.inputs)
+        if known or (through_shapes and node.op in ("Shape", "Size")):
+            static.add(id(node))
+    return static
+
+
+def _fold_reshape(graph: Graph, node: Node, first: Array, second: Array) -> int:
+    """A Reshape to its observed output shape; the one size that may depend on the batch becomes -1."""
+    if (first != second).sum() > 1 or (first < 1).any():
+        return 0
+    target = np.where(first != second, -1, first).astype(np.int64)
+    if is_constant(node.inputs[1]) and np.array_equal(value(node.inputs[1]), target):
+        return 0
+    node.inputs[1] = graph.constant(f"{node.name}/target", target)
+    node.attrs.pop("allowzero", None)
+    return 1
+
+
+def _batch_of(graph: Graph) -> Tensor:
+    spec = next(s for s in graph.inputs if s.shape and not (isinstance(s.shape[0], int) and s.shape[0] > 0))
+    batch = graph.insert("Shape", [graph.tensor(spec.name)], name="batch", start=0, end=1)
+    batch.dtype, batch.shape = np.dtype(np.int64), [1]
+    return batch
+
+
+def _fold_batched(graph: Graph, tensor: Tensor, first: Array, second: Array, batch: Tensor) -> int:
+    """A shape vector whose changed entries are the batch, or rows repeated along the batch."""
+    if tensor.inputs[0].op in ("Concat", "Expand") and all(t is batch or is_constant(t) for t in tensor.inputs[0].inputs):
+        return 0
+    if first.ndim == 1 and first.dtype == np.int64 and first.shape == second.shape:
+        changed = first != second
+        if (first[changed] == BATCHES[0]).all() and (second[changed] == BATCHES[1]).all():
+            parts = [batch if c else graph.constant(f"{tensor.name}/size", np.array([v])) for v, c in zip(first, changed, strict=True)]
+            return graph.replace(tensor, graph.insert("Concat", parts, name=f"{tensor.name}/batched", like=tensor, axis=0))
+        return 0
+    same_row = first.ndim > 0 and first.shape[1:] == second.shape[1:] and (len(first), len(second)) == BATCHES
+    if not same_row or not all((a == first[0]).all() for a in (first, second)):
+        return 0
+    row = first[:1]
+    if (row == row.flat[0]).all() and all(r.op in ELEMENTWISE for r in readers(tensor)):
+        return graph.replace(tensor, graph.constant(f"{tensor.name}/uniform", np.array(row.flat[0])))
+    ones = graph.constant(f"{tensor.name}/ones", np.ones(first.ndim - 1, np.int64))
+    shape = graph.add("Concat", [batch, ones], name=f"{tensor.name}/batched_shape", axis=0)
+    return graph.replace(tensor, graph.insert("Expand", [graph.constant(f"{tensor.name}/row", row), shape], name=f"{tensor.name}/batched", like=tensor))
+
+
+def remove_no_ops(graph: Graph) -> int:
+    """Identity, Dropout, Cast to the same type, x + 0, x * 1, Where of a constant choice, and NaN guards behind an unmasked softmax."""
+    changes = 0
+    for node in list(graph.nodes):
+        if (kept := _passed_through(node)) is not None and not (graph.is_output(node.outputs[0]) and producer(kept) is None):
+            changes += graph.replace(node.outputs[0], kept)
+            graph.remove(node)
+    graph.clean()
+    return changes
+
+
+def _passed_through(node: Node) -> Tensor | None:
+    first = node.inputs[0] if node.inputs else None
+    if node.op in ("Identity", "Dropout"):
+        return first
+    if node.op == "Cast" and first is not None and first.dtype is not None and first.dtype == node.outputs[0].dtype:
+        return first
+    if node.op in ("Add", "Mul"):
+        neutral = 0.0 if node.op == "Add" else 1.0
+        for number, other in (node.inputs, node.inputs[::-1]):
+            if scalar(number) == neutral and not is_constant(other) and value(number).ndim <= len(other.shape or ()):
+                return other
+    if node.op == "Where" and is_constant(node.inputs[0]) and value(node.inputs[0]).size == 1:
+        kept = node.inputs[1] if value(node.inputs[0]).item() else node.inputs[2]
+        return kept if kept.shape == node.outputs[0].shape or is_constant(kept) else None
+    if node.op == "Where" and (guard := producer(node.inputs[0])) is not None and guard.op == "IsNaN" and guard.inputs[0] is node.inputs[2]:
+        softmax = producer(node.inputs[2])
+        if softmax is not None and softmax.op == "Softmax" and scalar(node.inputs[1]) == 0.0:
+            return node.inputs[2]
+    return None
+
+
+def unshare_constants(graph: Graph) -> int:
+    """Give every reader of a float constant its own, so that a pass may change one without changing others."""
+    changes, seen = 0, set()
+    for node in graph.nodes:
+        for index, tensor in enumerate(node.inputs):
+            if is_constant(tensor) and value(tensor).dtype.kind == "f" and len(tensor.outputs) > 1:
+                if id(tensor) in seen:
+                    node.inputs[index] = graph.constant(f"{tensor.name}/copy", value(tensor))
+                    changes += 1
+                seen.add(id(tensor))
+    return changes

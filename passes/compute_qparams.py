@@ -1,0 +1,39 @@
+"""Ranges and specs -> scales and zero points."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from vitq_compiler.graph import Node, value
+from vitq_compiler.pipeline import Compilation, Fact, Pass
+from vitq_compiler.quant import QuantParams, QuantSpec, from_range
+
+
+@dataclass(frozen=True)
+class ComputeQparams(Pass):
+    """CalibrationTable + QuantSpec -> QuantParams"""
+
+    name = "compute-qparams"
+    requires = frozenset({Fact.CALIBRATED})
+    provides = frozenset({Fact.QPARAMS})
+
+    def run(self, c: Compilation) -> int:
+        for edge, spec in c.specs.items():
+            node = c.graph.node(edge.node)
+            if edge.index == 0:
+                seen = c.table.ranges[node.inputs[0].name]
+                c.params[edge] = from_range(seen.low.min(), seen.high.max(), spec)
+            else:
+                c.params[edge] = weight_params(node, spec)
+        return len(c.specs)
+
+
+def weight_params(node: Node, spec: QuantSpec) -> QuantParams:
+    """Parameters of the weight of a MatMul ([K, N], channels last) or Conv ([O, I, ...], channels first)."""
+    weight, axis = value(node.inputs[1]), 0 if node.op == "Conv" else 1
+    if spec.granularity == "per_tensor":
+        return from_range(weight.min(), weight.max(), spec)
+    others = tuple(i for i in range(weight.ndim) if i != axis)
+    return from_range(np.asarray(weight.min(others)), np.asarray(weight.max(others)), spec, axis)

@@ -1,0 +1,102 @@
+"""Attention in one operator.
+
+    softmax(scale * q k^T + mask) v, q, k, v split from Linear layers by views  ->  Attention(q, k, v; heads, scale)
+
+The output features of the Linear layers are put in the order q, k, v, head by head, by permuting weight columns, so that
+q, k and v are consecutive slices and no Transpose is left (ONNX Attention, opset 23). Where the runtime has no such
+operator the graph stays as it is.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from vitq_compiler.blocks.attention import Attention
+from vitq_compiler.graph import Graph, Tensor, readers, value
+from vitq_compiler.pattern import MatchFailure
+from vitq_compiler.pipeline import Compilation, Fact, Pass
+from vitq_compiler.runtime import supports
+
+OPSET = 23
+
+
+@dataclass(frozen=True)
+class FuseAttention(Pass):
+    """softmax(s q k^T) v -> Attention(q, k, v)"""
+
+    name = "fuse-attention"
+    requires = frozenset({Fact.ANNOTATED})
+    drops = frozenset({Fact.CALIBRATED, Fact.QPARAMS})
+    exact = True
+
+    def run(self, c: Compilation) -> int:
+        if not supports("Attention", OPSET):
+            self.note(c, "attention", "the installed onnxruntime has no Attention operator: kept decomposed")
+            c.warnings.append("the installed onnxruntime has no Attention operator (opset 23); attention stays decomposed and a little slower")
+            return 0
+        changes = 0
+        for attention in c.annotations.attentions:
+            try:
+                _fuse(c.graph, attention)
+                changes += 1
+            except MatchFailure as failure:
+                self.note(c, attention.softmax.name, f"attention kept decomposed: {failure.reason}")
+        c.graph.clean().infer_shapes()
+        return changes
+
+
+def _fuse(graph: Graph, attention: Attention) -> None:
+    operands = _operands(graph, attention)
+    if attention.mask is not None:
+        operands.append(attention.mask)
+    output = graph.insert(
+        "Attention",
+        operands,
+        name=f"{attention.softmax.name}/attention",
+        like=attention.proj.input,
+        q_num_heads=attention.heads,
+        kv_num_heads=attention.heads,
+        scale=float(attention.scale),
+    )
+    attention.proj.matmul.inputs[0] = output
+
+
+def _operands(graph: Graph, attention: Attention) -> list[Tensor]:
+    views = (attention.q, attention.k, attention.v)
+    found: dict[int, Tensor] = {}
+    for linear in attention.linears:
+        mine = [view for view in views if view.linear.matmul is linear.matmul]
+        columns = np.concatenate([view.columns for view in mine])
+        if len(columns) != linear.out_features or len(np.unique(columns)) != len(columns):
+            raise MatchFailure(f"{linear.name} has {linear.out_features} output features, of which {len(np.unique(columns))} are used")
+        if not np.array_equal(columns, np.arange(len(columns))):
+            if not _feeds_only(graph, linear.output, attention):
+                raise MatchFailure(f"{linear.name} is read by more than this attention, so its features cannot be reordered")
+            linear.weight.values = value(linear.weight)[:, columns]
+            if linear.bias is not None:
+                linear.bias.values = value(linear.bias)[columns]
+        parts: list[Tensor] = [linear.output]
+        if len(mine) > 1:
+            sizes = graph.constant(f"{linear.name}/sizes", np.array([len(view.columns) for view in mine], np.int64))
+            split = graph.add("Split", [linear.output, sizes], name=f"{linear.name}/split", outputs=len(mine), axis=-1)
+            parts = split if isinstance(split, list) else [split]
+        found.update({id(view): part for view, part in zip(mine, parts, strict=True)})
+    return [found[id(view)] for view in views]
+
+
+def _feeds_only(graph: Graph, tensor: Tensor, attention: Attention) -> bool:
+    """Whether everything computed from ``tensor``, up to the attention's products, stays inside it."""
+    stack, ends = [tensor], (attention.scores, attention.context)
+    while stack:
+        current = stack.pop()
+        if graph.is_output(current):
+            return False
+        for node in readers(current):
+            if any(node is end for end in ends):
+                continue
+            if node.op in ("Add", "MatMul", "Softmax", "LayerNormalization"):
+                return False
+            stack.extend(node.outputs)
+    return True

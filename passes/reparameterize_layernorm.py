@@ -1,0 +1,105 @@
+"""Per-channel ranges of a LayerNormalization output, moved into its affine and the Linear layers that read it.
+
+    a = LN(u; g, b), a W + c  ->  a' = LN(u; g / r1, (b + s r2) / r1), a' (diag(r1) W) + (c - (s r2) W)
+
+with per-channel scales s and zero points z from calibration, one target pair (S, Z), r1 = (s / S)^strength and
+r2 = z - Z an integer vector (RepQ-ViT, arXiv 2212.08254). Then a' = (a + s r2) / r1 has nearly the same centred range in
+every channel, so one scale per tensor serves. strength 1 is RepQ-ViT; below 1 less of the spread goes into the weight,
+as in SmoothQuant (arXiv 2211.10438).
+
+Precondition: every reader of the output is a Linear to be quantized; another reader would see a' instead of a.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from vitq_compiler.blocks.linear import Linear, sole_readers
+from vitq_compiler.calibration import ChannelRange
+from vitq_compiler.graph import Graph, Node, value
+from vitq_compiler.pattern import MatchFailure
+from vitq_compiler.pipeline import Compilation, Fact, Pass
+from vitq_compiler.quant import Edge
+
+CODES = 255
+MIDDLE = 128  # the target zero point Z: ranges end up centred
+DEAD = 1e-3  # a channel is scaled as if its range were at least this part of the median range
+
+
+@dataclass(frozen=True)
+class ReparameterizeLayernorm(Pass):
+    """LN(u) W -> LN'(u) W', channel ranges of LN(u) equalized"""
+
+    name = "reparameterize-layernorm"
+    requires = frozenset({Fact.CALIBRATED})
+    drops = frozenset({Fact.QPARAMS})
+    exact = True
+    strength: float = 0.5
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.strength <= 1:
+            raise ValueError(f"strength must lie in 0 to 1, got {self.strength}")
+
+    def run(self, c: Compilation) -> int:
+        changes = 0
+        for node in c.graph.find("LayerNormalization"):
+            try:
+                linears = self._readers(c, node)
+            except MatchFailure as failure:
+                self.note(c, node.name, f"LayerNormalization keeps its ranges: {failure.reason}")
+                continue
+            name = node.outputs[0].name
+            shift, scale = self.factors(c.table.ranges[name])
+            fold(c.graph, node, linears, shift, scale)
+            c.table.rescale(name, scale, shift)
+            changes += 1
+        return changes
+
+    def factors(self, seen: ChannelRange) -> tuple[np.ndarray, np.ndarray]:
+        """(s r2, r1), float32 of shape [channels] each, for the observed channel ranges."""
+        width = np.asarray(seen.high, np.float64) - seen.low
+        step = np.maximum(width, DEAD * max(float(np.median(width)), 1e-12)) / CODES
+        zero_point = np.rint(-seen.low / step)
+        shift = step * (zero_point - MIDDLE)
+        scale = (step / step.mean()) ** self.strength
+        return shift.astype(np.float32), scale.astype(np.float32)
+
+    def _readers(self, c: Compilation, node: Node) -> list[Linear]:
+        linears = sole_readers(node.outputs[0], c.annotations.by_matmul, c.graph)
+        for linear in linears:
+            if Edge(linear.name, 0) not in c.specs:
+                raise MatchFailure(f"its reader {linear.name} stays in float")
+        if not linears:
+            raise MatchFailure("no Linear reads it")
+        if node.attrs.get("axis", -1) not in (-1, len(node.outputs[0].shape) - 1):
+            raise MatchFailure("it normalizes more than the last axis")
+        return linears
+
+
+def fold(graph: Graph, node: Node, linears: list[Linear], shift: np.ndarray, scale: np.ndarray) -> None:
+    """Replace the output a of a LayerNormalization by (a + shift) / scale and make its readers undo it."""
+    gamma = value(node.inputs[1])
+    beta = value(node.inputs[2]) if len(node.inputs) > 2 else np.zeros_like(gamma)
+    node.inputs[1].values = (gamma / scale).astype(np.float32)
+    if len(node.inputs) < 3:
+        node.inputs.append(graph.constant(f"{node.name}/beta", beta))
+    node.inputs[2].values = ((beta + shift) / scale).astype(np.float32)
+    for linear in linears:
+        weight = value(linear.weight)
+        offset = -(shift.astype(np.float64) @ weight.astype(np.float64))
+        linear.weight.values = weight * scale[:, None]
+        add_to_bias(graph, linear, offset)
+
+
+def add_to_bias(graph: Graph, linear: Linear, offset: np.ndarray) -> None:
+    """Add ``offset`` [out_features] to the bias, which is created where the Linear has none."""
+    if linear.bias is not None:
+        linear.bias.values = (value(linear.bias) + offset).astype(np.float32)
+        return
+    product = linear.matmul.outputs[0]
+    bias = graph.constant(f"{linear.name}/bias", offset.astype(np.float32))
+    total = graph.insert("Add", [product, bias], name=f"{linear.name}/add", like=product)
+    linear.add = total.inputs[0]
+    graph.replace(product, total, only=lambda n: n is not linear.add)

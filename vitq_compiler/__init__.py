@@ -1,0 +1,1 @@
+"""vitq: compiles a vision transformer exported to ONNX into an integer graph."""

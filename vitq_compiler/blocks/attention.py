@@ -1,0 +1,172 @@
+"""Scaled dot-product attention: softmax(scale * q k^T + mask) v, with q, k, v taken from Linear layers by any views."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from vitq_compiler.blocks.linear import Linear
+from vitq_compiler.graph import Graph, Node, Tensor, is_constant, producer, readers, scalar
+from vitq_compiler.pattern import MatchFailure
+from vitq_compiler.views import View, trace
+
+
+@dataclass(eq=False)
+class HeadView:
+    """One of q, k, v as heads of a token sequence.
+
+    Attributes:
+        linear: the Linear layer it is a part of.
+        columns: output features of ``linear`` that make it up, head by head, shape [heads * head_dim].
+    """
+
+    linear: Linear
+    columns: NDArray[np.int64]
+
+
+@dataclass(eq=False)
+class Attention:
+    """One attention block.
+
+    Attributes:
+        q, k, v: its operands.
+        scores, softmax, context: the nodes q k^T, softmax and P v.
+        proj: the Linear that reads the merged heads.
+        mask: what is added to the scaled scores, or None.
+        heads: number of heads.
+        scale: what the scores are multiplied by.
+        index: position among the attention blocks of the graph.
+    """
+
+    q: HeadView
+    k: HeadView
+    v: HeadView
+    scores: Node
+    softmax: Node
+    context: Node
+    proj: Linear
+    mask: Tensor | None
+    heads: int
+    scale: float
+    index: int = 0
+
+    @property
+    def linears(self) -> list[Linear]:
+        """The distinct Linear layers that give q, k and v."""
+        found: list[Linear] = []
+        for view in (self.q, self.k, self.v):
+            if not any(view.linear.matmul is other.matmul for other in found):
+                found.append(view.linear)
+        return found
+
+
+def find_attention(graph: Graph, linears: list[Linear]) -> tuple[list[Attention], list[MatchFailure]]:
+    """All attention blocks in graph order, and for each Softmax that is none the reason."""
+    found: list[Attention] = []
+    failures: list[MatchFailure] = []
+    for softmax in graph.find("Softmax"):
+        try:
+            found.append(match_attention(softmax, linears))
+            found[-1].index = len(found) - 1
+        except MatchFailure as failure:
+            failures.append(MatchFailure(failure.reason, softmax.name))
+    return found, failures
+
+
+def match_attention(softmax: Node, linears: list[Linear]) -> Attention:
+    """The attention block around ``softmax``, its operands among ``linears``.
+
+    Raises:
+        MatchFailure: there is none; the reason names what differs.
+    """
+    scores, scale, mask = _scores(softmax)
+    context = _only_reader(softmax.outputs[0], "MatMul")
+    if context.inputs[0] is not softmax.outputs[0]:
+        raise MatchFailure("the probabilities are not the left operand of a MatMul", context.name)
+    q, k, v = trace(scores.inputs[0]), trace(scores.inputs[1]), trace(context.inputs[1])
+    if v.scale != 1:
+        raise MatchFailure("the values are scaled", context.name)
+    if q.index.ndim != 4:
+        raise MatchFailure(f"the scores have {q.index.ndim} axes, not batch, heads, queries, keys", scores.name)
+    heads = q.index.shape[1]
+    by_output = {id(linear.output): linear for linear in linears}
+    views = [_head_view(view, index, by_output) for view, index in ((q, q.index), (k, k.index.swapaxes(-1, -2)), (v, v.index))]
+    proj = _projection(context, heads, {id(linear.matmul): linear for linear in linears})
+    return Attention(views[0], views[1], views[2], scores, softmax, context, proj, mask, heads, scale * q.scale * k.scale)
+
+
+def _scores(softmax: Node) -> tuple[Node, float, Tensor | None]:
+    tensor, scale, mask = softmax.inputs[0], 1.0, None
+    while (node := producer(tensor)) is not None and node.op in ("Mul", "Div", "Add"):
+        number = scalar(node.inputs[1])
+        if node.op == "Add":
+            if mask is not None or scale != 1:
+                raise MatchFailure("two masks, or one below the scaling", node.name)
+            paths = [i for i in (0, 1) if _is_product(node.inputs[i])]
+            if len(paths) != 1:
+                raise MatchFailure("cannot tell the scores from the mask", node.name)
+            tensor, mask = node.inputs[paths[0]], node.inputs[1 - paths[0]]
+            continue
+        if node.op == "Mul" and number is None:
+            number, tensor = scalar(node.inputs[0]), node.inputs[1]
+        else:
+            tensor = node.inputs[0]
+        if not number:
+            raise MatchFailure("the scores are scaled by a tensor", node.name)
+        scale = scale * number if node.op == "Mul" else scale / number
+    if node is None or node.op != "MatMul" or is_constant(node.inputs[1]):
+        raise MatchFailure(f"the softmax input comes from {node.op if node else 'a graph input'}, not from a product of activations", softmax.name)
+    return node, scale, mask
+
+
+def _is_product(tensor: Tensor) -> bool:
+    node = producer(tensor)
+    while node is not None and node.op in ("Mul", "Div") and any(scalar(t) is not None for t in node.inputs):
+        tensor = next(t for t in node.inputs if scalar(t) is None)
+        node = producer(tensor)
+    return node is not None and node.op == "MatMul" and not is_constant(node.inputs[1])
+
+
+def _head_view(view: View, index: NDArray[np.int64], by_output: dict[int, Linear]) -> HeadView:
+    """``index`` is [batch, heads, tokens, head_dim] into a [batch, tokens, features] Linear output."""
+    linear = by_output.get(id(view.source))
+    if linear is None:
+        node = producer(view.source)
+        raise MatchFailure(f"an operand comes from {node.op if node else 'a graph input'}, not from a Linear", node.name if node else "")
+    if len(view.source_shape) != 3 or index.ndim != 4:
+        raise MatchFailure(f"an operand is viewed from {len(view.source_shape)} axes", linear.name)
+    batch, tokens, features = view.source_shape
+    columns = index[0, :, 0, :]
+    expected = (np.arange(batch)[:, None, None, None] * tokens + np.arange(tokens)[None, None, :, None]) * features + columns[None, :, None, :]
+    if index.shape != expected.shape or not np.array_equal(index, expected):
+        raise MatchFailure("an operand is no split of a Linear into heads over the same tokens", linear.name)
+    return HeadView(linear, columns.reshape(-1))
+
+
+def _projection(context: Node, heads: int, by_matmul: dict[int, Linear]) -> Linear:
+    tensor = context.outputs[0]
+    for _ in range(4):
+        node = _only_reader(tensor, "Transpose", "Reshape", "MatMul", "Identity")
+        if node.op == "MatMul":
+            linear = by_matmul.get(id(node))
+            if linear is None or node.inputs[0] is not tensor:
+                break
+            view = trace(tensor)
+            if view.source is not context.outputs[0] or view.index.ndim != 3:
+                break
+            batch, tokens, features = view.index.shape
+            merged = np.arange(view.index.size).reshape(batch, heads, tokens, features // heads).swapaxes(1, 2).reshape(batch, tokens, features)
+            if not np.array_equal(view.index, merged):
+                raise MatchFailure("the heads are not merged in order", node.name)
+            return linear
+        tensor = node.outputs[0]
+    raise MatchFailure("the merged heads do not reach a Linear", context.name)
+
+
+def _only_reader(tensor: Tensor, *ops: str) -> Node:
+    nodes = readers(tensor)
+    if len(nodes) != 1 or nodes[0].op not in ops:
+        raise MatchFailure(f"{tensor.name} is read by {', '.join(n.op for n in nodes) or 'nothing'}, not by one {' or '.join(ops)}", tensor.name)
+    return nodes[0]

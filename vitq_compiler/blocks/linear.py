@@ -1,0 +1,96 @@
+"""Linear layers in canonical form: MatMul(x, weight[K, N]), then Add(., bias[N]) where there is a bias."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from vitq_compiler.graph import Graph, Node, Tensor, is_constant, readers, value
+from vitq_compiler.pattern import MatchFailure
+
+ROLES = ("qkv", "proj", "fc1", "fc2", "head", "linear", "patch_embed")
+
+
+@dataclass(eq=False)
+class Linear:
+    """One Linear layer.
+
+    Attributes:
+        matmul: the MatMul node; its input 0 is the activation, input 1 the weight [in_features, out_features].
+        add: the Add node of the bias, or None; its input 1 is the bias [out_features].
+        role: what it does in its block, one of `ROLES`.
+        block: the block it belongs to, such as ``attention 3``; empty outside blocks.
+    """
+
+    matmul: Node
+    add: Node | None
+    role: str = "linear"
+    block: str = ""
+
+    @property
+    def name(self) -> str:
+        return str(self.matmul.name)
+
+    @property
+    def input(self) -> Tensor:
+        return self.matmul.inputs[0]
+
+    @property
+    def weight(self) -> Tensor:
+        return self.matmul.inputs[1]
+
+    @property
+    def bias(self) -> Tensor | None:
+        return self.add.inputs[1] if self.add is not None else None
+
+    @property
+    def output(self) -> Tensor:
+        return (self.add or self.matmul).outputs[0]
+
+    @property
+    def in_features(self) -> int:
+        return int(value(self.weight).shape[0])
+
+    @property
+    def out_features(self) -> int:
+        return int(value(self.weight).shape[1])
+
+
+def find_linears(graph: Graph) -> list[Linear]:
+    """All Linear layers, in graph order."""
+    return [linear for node in graph.find("MatMul") if (linear := as_linear(graph, node)) is not None]
+
+
+def as_linear(graph: Graph, matmul: Node) -> Linear | None:
+    """The Linear layer that ``matmul`` is, or None where its second operand is no constant matrix."""
+    weight = matmul.inputs[1]
+    if not is_constant(weight) or value(weight).ndim != 2:
+        return None
+    product = matmul.outputs[0]
+    following = readers(product)
+    if len(following) == 1 and following[0].op == "Add" and not graph.is_output(product):
+        bias = following[0].inputs[1]
+        if is_constant(bias) and value(bias).shape == (value(weight).shape[1],):
+            return Linear(matmul, following[0])
+    return Linear(matmul, None)
+
+
+def sole_readers(tensor: Tensor, linears: dict[int, Linear], graph: Graph) -> list[Linear]:
+    """The Linear layers that read ``tensor`` as their activation, where nothing else reads it.
+
+    Args:
+        tensor: an activation.
+        linears: all Linear layers, by id of their MatMul.
+        graph: the graph, to know its outputs.
+
+    Raises:
+        MatchFailure: something other than a Linear reads it.
+    """
+    if graph.is_output(tensor):
+        raise MatchFailure(f"{tensor.name} is a graph output")
+    found = []
+    for node in readers(tensor):
+        linear = linears.get(id(node))
+        if linear is None or node.inputs[1] is tensor:
+            raise MatchFailure(f"its output is also read by {node.op} {node.name}", node.name)
+        found.append(linear)
+    return found

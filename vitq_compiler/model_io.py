@@ -1,0 +1,161 @@
+"""Model files: reading one with every check a user needs, and writing one so that it appears whole or not at all."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from pathlib import Path
+
+import numpy as np
+import onnx
+from onnx import TensorProto, version_converter
+
+from vitq_compiler.errors import ModelError, OutputError
+from vitq_compiler.graph import to_array
+from vitq_compiler.runtime import PROTOBUF_LIMIT, first_line
+
+OLDEST_OPSET = 11
+QUANTIZED_OPS = frozenset(
+    "QuantizeLinear DequantizeLinear DynamicQuantizeLinear MatMulInteger ConvInteger QLinearMatMul QLinearConv "
+    "QGemm QAttention MatMulNBits DynamicQuantizeMatMul MatMulIntegerToFloat".split()
+)
+WEIGHTED_OPS = frozenset({"MatMul", "Gemm", "Conv", "LayerNormalization", "BatchNormalization"})
+HALF_TYPES = {TensorProto.FLOAT16: "float16", TensorProto.BFLOAT16: "bfloat16"}
+
+
+def read_model(path: Path) -> onnx.ModelProto:
+    """Read and check a float32 ONNX model, local functions inlined.
+
+    Raises:
+        ModelError: the file is missing, not ONNX, incomplete, already quantized, half precision, of an unknown opset or
+            operator domain, uses control flow, or holds weights that are not finite.
+    """
+    model = parse_model(path)
+    if model.functions:
+        model = onnx.inliner.inline_local_functions(model)
+    check_model(model, path)
+    return model
+
+
+def parse_model(path: Path) -> onnx.ModelProto:
+    """The file as a ModelProto, external data loaded.
+
+    Raises:
+        ModelError: it is missing, a directory, not ONNX, or its external data is missing.
+    """
+    if not path.exists():
+        raise ModelError(f"model {path}: no such file")
+    if path.is_dir():
+        raise ModelError(f"model {path}: is a directory, give the .onnx file in it")
+    try:
+        model = onnx.load(path, load_external_data=False)
+    except Exception as error:
+        raise ModelError(f"model {path}: not a readable ONNX file ({first_line(error)}); export it again") from error
+    if not model.HasField("graph") or not model.graph.node:
+        raise ModelError(f"model {path}: not an ONNX model, or one without nodes; export it again")
+    for tensor in model.graph.initializer:
+        for entry in tensor.external_data:
+            if entry.key == "location" and not (path.parent / entry.value).is_file():
+                raise ModelError(f"model {path}: its external data file {entry.value} is missing, put it beside the model")
+    try:
+        onnx.load_external_data_for_model(model, str(path.parent))
+    except Exception as error:
+        raise ModelError(f"model {path}: cannot read its external data ({first_line(error)}); export it again") from error
+    return model
+
+
+def check_model(model: onnx.ModelProto, path: Path) -> None:
+    """Refuse what the compiler cannot take, with the reason; see `read_model`."""
+    graph = model.graph
+    weights = {t.name for t in graph.initializer}
+    inputs = [i for i in graph.input if i.name not in weights]
+    if not inputs:
+        raise ModelError(f"model {path}: has no inputs, so there is nothing to calibrate; export it with its image input")
+    version = next((o.version for o in model.opset_import if o.domain in ("", "ai.onnx")), 0)
+    newest = onnx.defs.onnx_opset_version()
+    if not OLDEST_OPSET <= version <= newest:
+        raise ModelError(f"model {path}: opset {version} is not supported, export with opset {OLDEST_OPSET} to {newest}")
+    for node in graph.node:
+        if node.op_type in QUANTIZED_OPS:
+            raise ModelError(f"model {path}: already quantized ({node.op_type} node {node.name or '?'}); give the float32 model")
+        if node.domain not in ("", "ai.onnx"):
+            raise ModelError(f"model {path}: operator {node.domain}.{node.op_type} (node {node.name or '?'}) is not standard ONNX; export without it")
+        if any(a.HasField("g") for a in node.attribute):
+            raise ModelError(f"model {path}: control flow ({node.op_type} node {node.name or '?'}) is not supported; export a traced model")
+        if not onnx.defs.has(node.op_type):
+            raise ModelError(f"model {path}: operator {node.op_type} (node {node.name or '?'}) is not in ONNX; export with standard operators")
+    half = next((t for t in graph.initializer if t.data_type in HALF_TYPES), None)
+    if half is not None:
+        raise ModelError(f"model {path}: weights are {HALF_TYPES[half.data_type]} ({half.name}); export the float32 model")
+    weighted = {name for n in graph.node if n.op_type in WEIGHTED_OPS for name in n.input}
+    for tensor in graph.initializer:
+        if tensor.data_type in (TensorProto.FLOAT, TensorProto.DOUBLE):
+            values = to_array(tensor)
+            if np.isnan(values).any() or (tensor.name in weighted and not np.isfinite(values).all()):
+                raise ModelError(f"model {path}: weight {tensor.name} holds NaN or Inf; export a healthy checkpoint")
+
+
+def convert_opset(model: onnx.ModelProto, opset: int, path: Path) -> onnx.ModelProto:
+    """The model at ``opset`` or newer, by ONNX's own converter; weights are not copied.
+
+    Raises:
+        ModelError: an operator has no conversion.
+    """
+    version = next(o.version for o in model.opset_import if o.domain in ("", "ai.onnx"))
+    if version >= opset:
+        return model
+    metadata = {n.name: list(n.metadata_props) for n in model.graph.node if n.name}
+    try:
+        converted = version_converter.convert_version(model, opset)
+    except Exception as error:
+        raise ModelError(f"model {path}: cannot convert opset {version} to {opset} ({first_line(error)}); export with opset {opset}") from error
+    for node in converted.graph.node:
+        node.metadata_props.extend(metadata.get(node.name, []))
+    return converted
+
+
+def check_output(path: Path, model: Path) -> None:
+    """Refuse an output that cannot be written, before any work is done.
+
+    Raises:
+        OutputError: it is the input, a directory, or in a folder that is missing or read-only.
+    """
+    if path.exists() and model.exists() and path.samefile(model):
+        raise OutputError(f"output {path}: is the input model; give another name with -o")
+    if path.is_dir():
+        raise OutputError(f"output {path}: is a directory; give a file name with -o")
+    if not path.parent.is_dir():
+        raise OutputError(f"output {path}: the folder {path.parent} does not exist; create it first")
+    if not os.access(path.parent, os.W_OK) or (path.exists() and not os.access(path, os.W_OK)):
+        raise OutputError(f"output {path}: not writable; check its permissions")
+
+
+def write_model(model: onnx.ModelProto, path: Path) -> None:
+    """Write ``model`` so that ``path`` holds either what it held before or the whole new file.
+
+    A model over 2 GB puts its weights into ``<name>.data`` beside it.
+
+    Raises:
+        OutputError: the disk refuses.
+    """
+    try:
+        with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}.") as folder:
+            staged = Path(folder) / path.name
+            if model.ByteSize() < PROTOBUF_LIMIT:
+                staged.write_bytes(model.SerializeToString(deterministic=True))
+            else:
+                onnx.save(model, staged, save_as_external_data=True, location=f"{path.name}.data")
+                os.replace(Path(folder) / f"{path.name}.data", path.parent / f"{path.name}.data")
+            os.replace(staged, path)
+    except OSError as error:
+        raise OutputError(f"output {path}: cannot be written ({error.strerror or error})") from error
+
+
+def write_text(text: str, path: Path) -> None:
+    """Write a report as `write_model` writes a model."""
+    try:
+        with tempfile.NamedTemporaryFile("w", dir=path.parent, prefix=f".{path.name}.", delete=False, encoding="utf-8") as staged:
+            staged.write(text)
+        os.replace(staged.name, path)
+    except OSError as error:
+        raise OutputError(f"output {path}: cannot be written ({error.strerror or error})") from error

@@ -1,0 +1,212 @@
+"""Passes and pipelines: the contract of a pass, and pipelines as text.
+
+A pipeline is written ``canonicalize,calibrate{observer=minmax},insert-qdq``: pass names in kebab-case, options in braces,
+which are the fields of the pass. ``Pipeline.parse(str(p)) == p``.
+"""
+
+from __future__ import annotations
+
+import re
+import time
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from dataclasses import dataclass, field, fields
+from enum import Enum
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol
+
+from vitq_compiler.errors import PassError, RecipeError, VitqError
+
+if TYPE_CHECKING:
+    from vitq_compiler.annotations import Annotations
+    from vitq_compiler.calibration import CalibrationTable
+    from vitq_compiler.data import Data
+    from vitq_compiler.graph import Graph
+    from vitq_compiler.quant import Edge, QuantParams, QuantSpec
+    from vitq_compiler.recipe import Recipe
+    from vitq_compiler.targets.target import Target
+
+
+class Fact(Enum):
+    """What is known about a compilation; passes require, provide and drop facts."""
+
+    CANONICAL = "canonical"
+    ANNOTATED = "annotated"
+    CALIBRATED = "calibrated"
+    QPARAMS = "qparams"
+    QUANTIZED = "quantized"
+    LEGAL = "legal"
+
+
+@dataclass(frozen=True)
+class Note:
+    """Something a pass left alone, and why.
+
+    Attributes:
+        stage: the pass that says it.
+        where: the node or block it is about.
+        reason: one sentence.
+    """
+
+    stage: str
+    where: str
+    reason: str
+
+
+class Progress(Protocol):
+    """Where a long step tells how far it is."""
+
+    def __call__(self, step: str, done: int, total: int) -> None: ...
+
+
+def _silent(step: str, done: int, total: int) -> None:
+    """No progress shown."""
+
+
+@dataclass
+class Compilation:
+    """The only thing a pass receives; passes talk to each other through its tables."""
+
+    graph: Graph
+    recipe: Recipe
+    target: Target
+    data: Data
+    annotations: Annotations = None  # type: ignore[assignment]  # set by annotate
+    table: CalibrationTable = None  # type: ignore[assignment]  # set by calibrate
+    specs: dict[Edge, QuantSpec] = field(default_factory=dict)
+    params: dict[Edge, QuantParams] = field(default_factory=dict)
+    notes: list[Note] = field(default_factory=list)
+    warnings: list[str] = field(default_factory=list)
+    threads: int = 0
+    progress: Progress = _silent
+
+
+@dataclass(frozen=True)
+class Pass(ABC):
+    """One step. Its options are its dataclass fields; `run` returns how many changes it made (0: nothing to do).
+
+    ``exact`` promises that the float meaning of the graph is unchanged; the pipeline has it checked.
+    """
+
+    name: ClassVar[str]
+    requires: ClassVar[frozenset[Fact]] = frozenset()
+    provides: ClassVar[frozenset[Fact]] = frozenset()
+    drops: ClassVar[frozenset[Fact]] = frozenset()
+    exact: ClassVar[bool] = False
+
+    @abstractmethod
+    def run(self, c: Compilation) -> int: ...
+
+    def note(self, c: Compilation, where: str, reason: str) -> None:
+        """Record what was left alone, and why."""
+        c.notes.append(Note(self.name, where, reason))
+
+    def __str__(self) -> str:
+        options = [f"{f.name.replace('_', '-')}={_show(getattr(self, f.name))}" for f in fields(self) if getattr(self, f.name) != f.default]
+        return self.name + (f"{{{' '.join(options)}}}" if options else "")
+
+
+@dataclass(frozen=True)
+class PassResult:
+    """What one pass did: its text, changes made, seconds taken."""
+
+    spec: str
+    changes: int
+    seconds: float
+
+
+class Hook(Protocol):
+    """Called around every pass; raises a VitqError to stop the compile."""
+
+    def before(self, p: Pass, c: Compilation) -> None: ...
+
+    def after(self, p: Pass, c: Compilation, result: PassResult) -> None: ...
+
+
+@dataclass(frozen=True)
+class Pipeline:
+    """Passes in order; building one checks that each finds what it requires."""
+
+    passes: tuple[Pass, ...]
+
+    def __post_init__(self) -> None:
+        known: set[Fact] = set()
+        for p in self.passes:
+            missing = sorted(f.value for f in p.requires - known)
+            if missing:
+                raise RecipeError(f"pass {p.name} needs a graph that is {' and '.join(missing)}: put a pass before it that provides this")
+            known = (known | p.provides) - p.drops
+
+    @classmethod
+    def parse(cls, text: str, find: Callable[[str], type[Pass]]) -> Pipeline:
+        """Read ``name{option=value ...},name,...``; ``find`` maps a pass name to its class.
+
+        Raises:
+            RecipeError: bad syntax, unknown pass or option, or a value of the wrong type.
+        """
+        items = re.findall(r"\s*([^,{}\s]+)\s*(?:\{([^{}]*)\})?\s*(?:,|$)", text)
+        rebuilt = ",".join(name + (f"{{{options}}}" if options else "") for name, options in items)
+        if re.sub(r"\s|\{\}|,$", "", rebuilt) != re.sub(r"\s|\{\}|,$", "", text) or not items:
+            raise RecipeError(f"cannot read the pipeline {text!r}: write pass,pass{{option=value option=value}},pass")
+        return cls(tuple(_build(find(name), options) for name, options in items))
+
+    def __str__(self) -> str:
+        return ",".join(map(str, self.passes))
+
+    def run(self, c: Compilation, hooks: tuple[Hook, ...] = ()) -> list[PassResult]:
+        """Run every pass in order, hooks around each.
+
+        Raises:
+            PassError: a pass failed in a way that is not the user's fault.
+            VitqError: as raised by a pass or a hook.
+        """
+        results: list[PassResult] = []
+        for index, p in enumerate(self.passes):
+            c.progress("compiling", index, len(self.passes))
+            for hook in hooks:
+                hook.before(p, c)
+            began = time.perf_counter()
+            try:
+                changes = p.run(c)
+            except VitqError:
+                raise
+            except Exception as error:
+                ran = tuple(q.name for q in self.passes[:index])
+                raise PassError(p.name, ran, f"{type(error).__name__}: {error}") from error
+            result = PassResult(str(p), changes, time.perf_counter() - began)
+            results.append(result)
+            for hook in hooks:
+                hook.after(p, c, result)
+        c.progress("compiling", len(self.passes), len(self.passes))
+        return results
+
+
+def _build(kind: type[Pass], options: str) -> Pass:
+    known = {f.name: f for f in fields(kind)}
+    values: dict[str, Any] = {}
+    for item in options.split():
+        key, _, text = item.partition("=")
+        option = known.get(key.replace("-", "_"))
+        if option is None:
+            raise RecipeError(f"pass {kind.name} has no option {key!r}: it has {', '.join(known).replace('_', '-') or 'none'}")
+        try:
+            values[option.name] = _read(text, type(option.default))
+        except ValueError:
+            raise RecipeError(f"pass {kind.name}: option {key} cannot be {text!r}, it takes a {type(option.default).__name__}") from None
+    try:
+        return kind(**values)
+    except ValueError as error:
+        raise RecipeError(f"pass {kind.name}: {error}") from None
+
+
+def _read(text: str, kind: type) -> Any:
+    if kind is bool:
+        return {"": True, "true": True, "false": False}[text] if text in ("", "true", "false") else _refuse(text)
+    return kind(text)
+
+
+def _refuse(text: str) -> Any:
+    raise ValueError(text)
+
+
+def _show(value: Any) -> str:
+    return str(value).lower() if isinstance(value, bool) else str(value)

@@ -1,0 +1,316 @@
+"""From a picture to the float32 [C, H, W] that a model was trained on, and the decision what that is.
+
+Resize and centre crop as torchvision does them (same sizes, same rounding), then ``(pixel * rescale - mean) / std``.
+What is used comes from, in this order: the text of ``--preprocess``, ``preprocessor_config.json`` (transformers) or
+``config.json`` (timm) in the model's folder, else ImageNet's numbers; `Preprocess.source` says which and why.
+
+The text is a name, or settings, or a name and then settings that change it::
+
+    imagenet      inception      clip      none
+    mean=0.5/0.5/0.5,std=0.5,resize=256,crop=224,scale=1/255,interpolation=bicubic
+    imagenet,resize=384x384,crop=none
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from fractions import Fraction
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image, ImageOps
+
+from vitq_compiler.errors import DataError
+
+_FILTERS = {name: Image.Resampling[name.upper()] for name in ("nearest", "bilinear", "bicubic", "lanczos")}
+_MODES = {1: "L", 3: "RGB", 4: "RGBA"}
+_DEFAULT_SIZE = 224
+_LARGEST_SIZE = 1 << 14
+# A resized picture with more pixels than this many times the crop (a strip of 1 x 10000) is never built: see `pixels`.
+_LARGEST_EXCESS = 64
+
+
+@dataclass(frozen=True)
+class Preprocess:
+    """How pixels become numbers.
+
+    Attributes:
+        mean: per channel, subtracted after ``rescale``; one number stands for all channels.
+        std: per channel, divides; one number stands for all channels.
+        rescale: factor from pixels 0..255; 1/255 almost everywhere.
+        resize: shorter side in pixels, or exact (height, width); None keeps the size where ``crop`` is given, else
+            resizes straight to what the model takes.
+        crop: centre crop, (height, width).
+        interpolation: nearest, bilinear, bicubic or lanczos.
+        source: which preprocessing this is and why it was chosen, for the report.
+    """
+
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    rescale: float
+    resize: int | tuple[int, int] | None
+    crop: tuple[int, int] | None
+    interpolation: str
+    source: str
+
+    def __post_init__(self) -> None:
+        for name, values in (("mean", self.mean), ("std", self.std), ("scale", (self.rescale,))):
+            if len(values) not in (1, 3, 4) or not all(math.isfinite(v) and (v > 0 or name == "mean") for v in values):
+                raise ValueError(f"{name} must be 1, 3 or 4 finite numbers, std and scale greater than 0, not {list(values)}")
+        for size in (self.resize, self.crop):
+            if not all(1 <= s <= _LARGEST_SIZE for s in (() if size is None else (size,) if isinstance(size, int) else size)):
+                raise ValueError(f"resize and crop must be from 1 to {_LARGEST_SIZE} pixels, not {size}")
+        if self.interpolation not in _FILTERS:
+            raise ValueError(f"interpolation {self.interpolation!r} is unknown, expected {', '.join(_FILTERS)}")
+
+    def __call__(self, image: Image.Image, height: int, width: int, channels: int) -> NDArray[np.float32]:
+        """Resize, crop and normalise.
+
+        Args:
+            image: any Pillow mode and size; see `pixels`.
+            height: what the model takes, in pixels; wins over ``crop`` and ``resize``, whose ratio is kept.
+            width: likewise.
+            channels: 1 (luminance), 3 (RGB) or 4 (RGB and alpha).
+
+        Returns:
+            float32 [channels, height, width].
+
+        Raises:
+            DataError: mean or std does not fit the channels. A picture that cannot be decoded raises whatever Pillow raises.
+        """
+        return self.normalize(self.pixels(image, height, width, channels))
+
+    def normalize(self, pixels: NDArray[np.uint8]) -> NDArray[np.float32]:
+        """``(pixel * rescale - mean) / std``: uint8 [C, H, W] to float32 [C, H, W]; DataError where mean does not fit C."""
+        mean = _per_channel("mean", self.mean, len(pixels), alpha=0.0)
+        std = _per_channel("std", self.std, len(pixels), alpha=1.0)
+        return (pixels.astype(np.float32) * np.float32(self.rescale) - mean) / std
+
+    def pixels(self, image: Image.Image, height: int, width: int, channels: int) -> NDArray[np.uint8]:
+        """Decode, turn upright by EXIF, resize and crop: uint8 [channels, height, width]; arguments as for a call."""
+        if self.resize is not None and self.interpolation != "nearest":
+            # A JPEG can be decoded at 1/2, 1/4 or 1/8: much faster, and still at least twice the size it is resized to.
+            side = 2 * max(self.resized(image.height, image.width, height, width))
+            image.draft(image.mode, (side, side))
+        image = _flatten(ImageOps.exif_transpose(image), channels)
+        full_height, full_width = self.resized(image.height, image.width, height, width)
+        top, left = round((full_height - height) / 2), round((full_width - width) / 2)
+        filter_ = _FILTERS[self.interpolation]
+        if full_height * full_width <= _LARGEST_EXCESS * height * width:
+            resized = image.resize((full_width, full_height), filter_, reducing_gap=3.0)
+            cropped = resized.crop((left, top, left + width, top + height))
+        else:  # the same pixels, up to the filter's reach over the edge of the crop, in bounded memory
+            y, x = image.height / full_height, image.width / full_width
+            box = (left * x, top * y, (left + width) * x, (top + height) * y)
+            cropped = image.resize((width, height), filter_, box=box, reducing_gap=3.0)
+        array = np.asarray(cropped, np.uint8)
+        return array[None] if array.ndim == 2 else np.ascontiguousarray(array.transpose(2, 0, 1))
+
+    def resized(self, image_height: int, image_width: int, height: int, width: int) -> tuple[int, int]:
+        """(height, width) of the picture between resize and crop; never smaller than the model's height and width."""
+        if self.crop is None and not isinstance(self.resize, int):
+            return height, width
+        ratio = max(height / self.crop[0], width / self.crop[1]) if self.crop else 1.0
+        if isinstance(self.resize, tuple):
+            return max(height, round(self.resize[0] * ratio)), max(width, round(self.resize[1] * ratio))
+        shorter = min(image_height, image_width)
+        side = shorter if self.resize is None else round(self.resize * ratio)
+        size = side * image_height // shorter, side * image_width // shorter
+        if size[0] >= height and size[1] >= width:
+            return size
+        # Too small one way: the smallest size that covers the model's.
+        return max(height, width * image_height // image_width), max(width, height * image_width // image_height)
+
+    def default_size(self) -> tuple[int, int]:
+        """(height, width) for a model that takes any."""
+        if self.crop:
+            return self.crop
+        if isinstance(self.resize, int):
+            return self.resize, self.resize
+        return self.resize or (_DEFAULT_SIZE, _DEFAULT_SIZE)
+
+
+_CLIP_MEAN, _CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
+_IMAGENET = Preprocess((0.485, 0.456, 0.406), (0.229, 0.224, 0.225), 1 / 255, 256, (224, 224), "bicubic", "imagenet")
+_PLAIN = Preprocess((0.0,), (1.0,), 1 / 255, None, None, "bicubic", "explicit")
+_NAMED = {
+    "imagenet": _IMAGENET,
+    "inception": replace(_IMAGENET, mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5), resize=248, source="inception"),
+    "clip": replace(_IMAGENET, mean=_CLIP_MEAN, std=_CLIP_STD, resize=224, source="clip"),
+    "none": replace(_PLAIN, rescale=1.0, source="none"),  # pixels 0..255 as float, resized only
+}
+NAMES = tuple(_NAMED)
+"""What ``--preprocess`` knows by name. ``none`` feeds float pixels 0..255, resized to the model's size and nothing else."""
+
+
+def resolve(text: str | None, model_path: Path | None) -> Preprocess:
+    """Decide on the preprocessing.
+
+    Args:
+        text: what the user asked for (see the module's grammar), or None.
+        model_path: the model's file or folder; configuration files are looked for beside it.
+
+    Raises:
+        DataError: the text or a configuration file cannot be understood.
+    """
+    if text is not None:
+        with _explained(f"--preprocess {text!r}", f"give one of {', '.join(NAMES)}, or mean=...,std=...,resize=...,crop=..."):
+            return _parse(text)
+    if model_path is None:
+        return replace(_IMAGENET, source="imagenet (default)")
+    folder = model_path if model_path.is_dir() else model_path.parent
+    silent = []
+    for path in (folder / "preprocessor_config.json", folder / "config.json"):
+        if path.is_file():
+            with _explained(str(path), "repair the file, or pass --preprocess"):
+                found = _read_config(path)
+            if found:
+                return found
+            silent.append(path.name)
+    why = f"{' and '.join(silent)} beside the model has no mean and std" if silent else "no preprocessor_config.json beside the model"
+    return replace(_IMAGENET, source=f"imagenet (default: {why})")
+
+
+@contextmanager
+def _explained(where: str, remedy: str) -> Iterator[None]:
+    """Whatever goes wrong inside becomes a DataError of one line with the place and the remedy."""
+    try:
+        yield
+    except (ValueError, TypeError, LookupError, AttributeError, OSError, ArithmeticError, RecursionError) as error:
+        reason = f"{error} is missing" if isinstance(error, KeyError) else " ".join(str(error).split())
+        raise DataError(f"{where}: {reason}; {remedy}") from error
+
+
+def _parse(text: str) -> Preprocess:
+    items = [item.strip() for item in text.split(",")]
+    name = "explicit" if "=" in items[0] else items.pop(0).lower()
+    if name not in (*NAMES, "explicit"):
+        raise ValueError(f"{name!r} is unknown")
+    settings: dict[str, str] = {}
+    for item in items:
+        key, _, value = (part.strip() for part in item.partition("="))
+        if key not in _SETTINGS or not value:
+            raise ValueError(f"{item!r} is not one of {'=..., '.join(_SETTINGS)}=...")
+        if key in settings:
+            raise ValueError(f"{key} is given twice")
+        settings[key] = value
+    if name == "explicit" and ("mean" in settings) != ("std" in settings):
+        raise ValueError("mean and std are needed together")
+    changes: dict[str, Any] = {_SETTINGS[key][0]: _SETTINGS[key][1](value) for key, value in settings.items()}
+    source = f"{name} (--preprocess {text})" if settings else f"{name} (--preprocess)"
+    return replace(_NAMED.get(name, _PLAIN), **changes, source=source)
+
+
+def _parse_size(value: str) -> tuple[int, int] | None:
+    height, _, width = value.partition("x")
+    return None if value == "none" else (int(height), int(width or height))
+
+
+def _numbers(values: Any) -> tuple[float, ...]:
+    return tuple(float(v) for v in (values if isinstance(values, list) else [values]))
+
+
+_SETTINGS: dict[str, tuple[str, Callable[[str], object]]] = {
+    "mean": ("mean", lambda value: _numbers(value.split("/"))),
+    "std": ("std", lambda value: _numbers(value.split("/"))),
+    "resize": ("resize", lambda value: int(value) if value.isdecimal() else _parse_size(value)),
+    "crop": ("crop", _parse_size),
+    "scale": ("rescale", lambda value: float(Fraction(value))),
+    "interpolation": ("interpolation", str),
+}
+"""Word of the grammar -> field of `Preprocess` and how its value is read."""
+
+
+def _read_config(path: Path) -> Preprocess | None:
+    """What a configuration file says; None where it is some other tool's and says nothing of preprocessing."""
+    config = json.loads(path.read_text(encoding="utf-8-sig"))
+    if not isinstance(config, dict):
+        return None
+    source = f"{path.name} beside the model"
+    timm = config.get("pretrained_cfg", config)
+    if isinstance(timm, dict) and "mean" in timm and "std" in timm:
+        return _from_timm(timm, f"{source} (timm)")
+    if "image_mean" in config or "do_rescale" in config or "do_resize" in config:
+        return _from_transformers(config, f"{source} (transformers)")
+    return None
+
+
+def _from_timm(config: Mapping[str, Any], source: str) -> Preprocess:
+    _, height, width = config.get("input_size", (3, _DEFAULT_SIZE, _DEFAULT_SIZE))
+    crop_pct = float(config.get("crop_pct") or 0.875)  # timm's own default
+    sides = math.floor(height / crop_pct), math.floor(width / crop_pct)
+    resize = sides if config.get("crop_mode") == "squash" else min(sides)
+    interpolation = config.get("interpolation", "bicubic").replace("random", "bilinear")
+    return Preprocess(_numbers(config["mean"]), _numbers(config["std"]), 1 / 255, resize, (height, width), interpolation, source)
+
+
+def _from_transformers(config: Mapping[str, Any], source: str) -> Preprocess:
+    mean, std = ((0.0,), (1.0,)) if not config.get("do_normalize", True) else (_numbers(config["image_mean"]), _numbers(config["image_std"]))
+    rescale = float(config.get("rescale_factor", 1 / 255)) if config.get("do_rescale", True) else 1.0
+    interpolation = {0: "nearest", 1: "lanczos", 2: "bilinear", 3: "bicubic"}.get(config.get("resample", 2), str(config.get("resample")))
+    kind = str(config.get("image_processor_type") or config.get("feature_extractor_type") or "")
+    crops = config.get("do_center_crop", "crop_size" in config)
+    # A bare number is the shorter side where a crop follows, and both sides elsewhere; DeiT's squeezes and then crops.
+    square = not crops or kind.startswith(("ViT", "DeiT", "Beit"))
+    resize = _transformers_size(config["size"], square) if config.get("do_resize", True) and config.get("size") is not None else None
+    given = _transformers_size(config.get("crop_size", _DEFAULT_SIZE), True) if crops else None
+    crop = (given, given) if isinstance(given, int) else given
+    if config.get("crop_pct") and isinstance(resize, int):  # ConvNeXT's rule, which Swin exports use too
+        crop = (resize, resize)
+        resize = int(resize / config["crop_pct"]) if resize < 384 else crop
+    return Preprocess(mean, std, rescale, resize, crop, interpolation, source)
+
+
+def _transformers_size(size: Any, square: bool) -> int | tuple[int, int]:
+    if isinstance(size, Mapping) and "shortest_edge" in size:
+        return int(size["shortest_edge"])
+    if isinstance(size, Mapping) and "height" in size:
+        return int(size["height"]), int(size["width"])
+    if isinstance(size, int):
+        return (size, size) if square else size
+    raise ValueError(f"size {size!r} is not a number, height and width, or shortest_edge")
+
+
+def _per_channel(name: str, values: tuple[float, ...], channels: int, alpha: float) -> NDArray[np.float32]:
+    """``values`` as float32 [channels, 1, 1]: one serves all, grey takes the average, and alpha is left as it is."""
+    if channels == 1 or len(values) == 1:
+        values = (sum(values) / len(values),) * channels
+    elif channels == 4 and len(values) == 3:
+        values = (*values, alpha)
+    if len(values) != channels:
+        raise DataError(f"preprocessing: {name} has {len(values)} numbers, the model has {channels} channels; pass --preprocess {name}=...")
+    return np.array(values, np.float32)[:, None, None]
+
+
+def _flatten(image: Image.Image, channels: int) -> Image.Image:
+    """Eight bits a channel, in the wanted mode; see-through pixels are shown on white unless the model takes alpha.
+
+    White is what viewers and web pages show; dropping alpha instead would uncover colours nobody has seen.
+    """
+    if channels not in _MODES:
+        raise DataError(f"the model takes {channels} channels, pictures have 1, 3 or 4: pass the inputs as .npz")
+    if image.mode in ("I", "F") or image.mode.startswith("I;16"):
+        image = _eight_bits(image)
+    if image.mode in ("RGBA", "LA", "PA", "La", "RGBa") or "transparency" in image.info:
+        image = image.convert("RGBA")
+        if channels != 4:
+            image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    return image.convert(_MODES[channels])
+
+
+def _eight_bits(image: Image.Image) -> Image.Image:
+    """Scale deep grey to 0..255; Pillow's own conversion would cut everything above 255."""
+    values = np.asarray(image).astype(np.float32)
+    if not np.isfinite(values).all():
+        raise ValueError("the pixels have NaN or Inf")
+    largest = float(values.max())
+    # Only 16 bits say their range; for 32 bits and floats the usual ranges are 0..1, 0..255 and 0..65535.
+    tops = (65535.0,) if image.mode.startswith("I;16") else (1.0, 255.0, 65535.0) if image.mode == "F" else (255.0, 65535.0)
+    top = next((t for t in tops if largest <= t), largest)
+    return Image.fromarray(np.clip(np.rint(values * (255.0 / top)), 0, 255).astype(np.uint8))

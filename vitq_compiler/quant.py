@@ -1,0 +1,141 @@
+"""Uniform affine quantization in numpy: what to do (`QuantSpec`), with which numbers (`QuantParams`), and the arithmetic.
+
+    code(x) = clip(round_half_even(x / scale) + zero_point, quant_min, quant_max)
+    dequantize(code) = scale * (code - zero_point)
+
+This is what QuantizeLinear and DequantizeLinear compute (ONNX operator specification), so a fake-quantized value here
+is the value the integer graph sees.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+Float = NDArray[np.floating[Any]]
+Granularity = Literal["per_tensor", "per_channel"]
+
+
+@dataclass(frozen=True)
+class Edge:
+    """One input of one node: the key of specs and params. A tensor read twice may be quantized in two ways."""
+
+    node: str
+    index: int
+
+
+@dataclass(frozen=True)
+class QuantSpec:
+    """What an edge should become, before any number is known.
+
+    Attributes:
+        bits: code width, 2 to 8.
+        signed: codes from -2^(bits-1) rather than from 0.
+        symmetric: zero maps to the middle code; for signed codes the range is then +-(2^(bits-1) - 1).
+        granularity: one scale for the tensor, or one per output channel (shape [channels]).
+    """
+
+    bits: int = 8
+    signed: bool = False
+    symmetric: bool = False
+    granularity: Granularity = "per_tensor"
+
+    def __post_init__(self) -> None:
+        if not 2 <= self.bits <= 8:
+            raise ValueError(f"bits must be 2 to 8, got {self.bits}")
+
+    @property
+    def quant_min(self) -> int:
+        if not self.signed:
+            return 0
+        return -(2 ** (self.bits - 1)) + (1 if self.symmetric else 0)
+
+    @property
+    def quant_max(self) -> int:
+        return 2 ** (self.bits - 1) - 1 if self.signed else 2**self.bits - 1
+
+
+@dataclass(frozen=True)
+class QuantParams:
+    """The numbers of one quantizer.
+
+    Attributes:
+        scale: float32, shape [] or [channels], positive and finite.
+        zero_point: int32, the shape of ``scale``, within the code range.
+        axis: the axis of ``scale`` where it is not a scalar.
+        quant_min: smallest code.
+        quant_max: largest code.
+    """
+
+    scale: NDArray[np.float32]
+    zero_point: NDArray[np.int32]
+    axis: int | None
+    quant_min: int
+    quant_max: int
+
+    def __post_init__(self) -> None:
+        if self.scale.shape != self.zero_point.shape or self.scale.ndim != (0 if self.axis is None else 1):
+            raise ValueError(f"scale {self.scale.shape}, zero point {self.zero_point.shape} and axis {self.axis} do not fit")
+        if not (np.isfinite(self.scale).all() and (self.scale > 0).all()):
+            raise ValueError("scales must be positive and finite")
+        if (self.zero_point < self.quant_min).any() or (self.zero_point > self.quant_max).any():
+            raise ValueError("zero point outside the code range")
+
+    @property
+    def dtype(self) -> np.dtype[Any]:
+        """The container: int8 for signed codes, else uint8."""
+        return np.dtype(np.int8 if self.quant_min < 0 else np.uint8)
+
+
+def from_range(low: Float, high: Float, spec: QuantSpec, axis: int | None = None) -> QuantParams:
+    """Parameters that cover [low, high], widened to contain zero so that zero is a code.
+
+    Args:
+        low: smallest value, shape [] or [channels].
+        high: largest value, the shape of ``low``.
+        spec: the intent.
+        axis: the axis the channels lie on.
+    """
+    low = np.minimum(np.asarray(low, np.float64), 0.0)
+    high = np.maximum(np.asarray(high, np.float64), 0.0)
+    codes = spec.quant_max - spec.quant_min
+    if spec.symmetric:
+        middle = 0 if spec.signed else (codes + 1) // 2
+        reach = spec.quant_max - middle
+        scale = np.maximum(np.abs(low), high) / reach
+        zero_point = np.full(scale.shape, middle)
+    else:
+        scale = (high - low) / codes
+        with np.errstate(divide="ignore", invalid="ignore"):
+            zero_point = np.where(scale > 0, np.clip(np.rint(spec.quant_min - low / scale), spec.quant_min, spec.quant_max), spec.quant_min)
+    smallest = np.finfo(np.float32).tiny * 2.0**24  # a constant zero channel still needs a positive, normal scale
+    scale = np.maximum(scale, smallest).astype(np.float32)
+    return QuantParams(scale, zero_point.astype(np.int32), axis, spec.quant_min, spec.quant_max)
+
+
+def quantize(x: Float, params: QuantParams) -> NDArray[Any]:
+    """Codes of ``x``, in the container type."""
+    scale, zero_point = _spread(params, x.ndim)
+    codes = np.rint(np.asarray(x, np.float32) / scale) + zero_point
+    return np.clip(codes, params.quant_min, params.quant_max).astype(params.dtype)
+
+
+def dequantize(codes: NDArray[Any], params: QuantParams) -> NDArray[np.float32]:
+    """The values that ``codes`` stand for."""
+    scale, zero_point = _spread(params, codes.ndim)
+    return ((codes.astype(np.int32) - zero_point) * scale).astype(np.float32)
+
+
+def fake_quantize(x: Float, params: QuantParams) -> NDArray[np.float32]:
+    """``x`` after quantization: dequantize(quantize(x))."""
+    return dequantize(quantize(x, params), params)
+
+
+def _spread(params: QuantParams, ndim: int) -> tuple[NDArray[np.float32], NDArray[np.int32]]:
+    if params.axis is None:
+        return params.scale, params.zero_point
+    shape = [-1 if i == params.axis % ndim else 1 for i in range(ndim)]
+    return params.scale.reshape(shape), params.zero_point.reshape(shape)

@@ -1,0 +1,1 @@
+"""Recipes as TOML files, read by `vitq_compiler.recipe`."""

@@ -1,0 +1,107 @@
+"""ONNX Runtime: sessions, probe runs, and what its optimizer made of a graph."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+import numpy as np
+import onnx
+import onnxruntime as ort
+
+from vitq_compiler.errors import TargetError
+from vitq_compiler.graph import Array, Graph, InputSpec
+
+Feed = dict[str, Array]
+PROTOBUF_LIMIT = 2**31 - 2**20  # bytes; a larger model must go through files with external data
+
+ort.set_default_logger_severity(3)
+
+
+def session(model: onnx.ModelProto | Path, *, threads: int = 0, optimize: bool = True, optimized_path: Path | None = None) -> ort.InferenceSession:
+    """An ONNX Runtime session on the CPU.
+
+    Args:
+        model: the graph, or a file (needed for external data).
+        threads: intra-op threads; 0 lets the runtime choose.
+        optimize: run the graph optimizer.
+        optimized_path: also write the optimized graph here.
+
+    Raises:
+        TargetError: the runtime cannot load the graph.
+    """
+    options = ort.SessionOptions()
+    options.log_severity_level = 3
+    options.intra_op_num_threads = threads
+    levels = ort.GraphOptimizationLevel
+    options.graph_optimization_level = levels.ORT_ENABLE_ALL if optimize else levels.ORT_DISABLE_ALL
+    if optimized_path is not None:
+        options.optimized_model_filepath = str(optimized_path)
+    try:
+        if isinstance(model, Path):
+            return ort.InferenceSession(str(model), options, providers=["CPUExecutionProvider"])
+        if model.ByteSize() < PROTOBUF_LIMIT:
+            return ort.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
+        with tempfile.TemporaryDirectory() as folder:
+            path = Path(folder) / "model.onnx"
+            onnx.save(model, path, save_as_external_data=True)
+            return ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+    except Exception as error:  # onnxruntime raises several private exception types
+        raise TargetError(f"onnxruntime {ort.__version__} cannot load the graph: {first_line(error)}") from error
+
+
+def run(runtime: ort.InferenceSession, feed: Feed, outputs: Sequence[str] | None = None) -> list[Array]:
+    """Run once; raises TargetError with the runtime's first line where it fails."""
+    try:
+        return runtime.run(list(outputs) if outputs is not None else None, feed)  # type: ignore[no-any-return]
+    except Exception as error:
+        raise TargetError(f"onnxruntime {ort.__version__} cannot run the graph: {first_line(error)}") from error
+
+
+def probe(graph: Graph, tensors: Iterable[str], feeds: Sequence[Feed], *, threads: int = 0) -> list[dict[str, Array]]:
+    """Values of intermediate tensors, one dictionary per feed."""
+    names = list(dict.fromkeys(tensors))
+    copy = graph.snapshot()
+    copy.set_outputs(copy.tensor(name) for name in names)
+    runtime = session(copy.to_proto(), threads=threads)
+    return [dict(zip(names, run(runtime, feed), strict=True)) for feed in feeds]
+
+
+def probe_feed(inputs: Sequence[InputSpec], batch: int, image_size: int = 224, seed: int = 0) -> Feed:
+    """Seeded random values of the right types and shapes; dynamic sizes become ``batch`` (first axis) and ``image_size``."""
+    random = np.random.default_rng(seed)
+    feed: Feed = {}
+    for spec in inputs:
+        shape = [d if isinstance(d, int) and d > 0 else (batch if i == 0 else image_size) for i, d in enumerate(spec.shape)]
+        values = random.standard_normal(shape) if spec.dtype.kind == "f" else random.integers(0, 2, shape)
+        feed[spec.name] = values.astype(spec.dtype)
+    return feed
+
+
+def supports(op: str, opset: int) -> bool:
+    """Whether the installed runtime has a CPU kernel for a standard operator at that opset."""
+    if op != "Attention":
+        raise ValueError(f"no probe graph for {op}")
+    value = onnx.helper.make_tensor_value_info
+    kind, shape = onnx.TensorProto.FLOAT, [1, 2, 4]
+    node = onnx.helper.make_node(op, ["q", "k", "v"], ["y"], q_num_heads=2, kv_num_heads=2)
+    graph = onnx.helper.make_graph([node], "probe", [value(n, kind, shape) for n in "qkv"], [value("y", kind, shape)])
+    try:
+        session(onnx.helper.make_model(graph, opset_imports=[onnx.helper.make_opsetid("", opset)], ir_version=10))
+    except TargetError:
+        return False
+    return True
+
+
+def optimized(model: onnx.ModelProto) -> onnx.ModelProto:
+    """The graph as the runtime's optimizer leaves it (weights included)."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "optimized.onnx"
+        session(model, optimized_path=path)
+        return onnx.load(path)
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of a runtime's message."""
+    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__

@@ -1,0 +1,1 @@
+"""One target per file: what it can take, and the form in which it runs a quantized graph fastest."""

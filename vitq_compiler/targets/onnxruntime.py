@@ -1,0 +1,120 @@
+"""ONNX Runtime on the CPU: 2-D Gemm between QuantizeLinear and DequantizeLinear, which becomes one QGemm kernel.
+
+    x[.., K] -> Reshape[-1, K] -> Q -> DQ -> Gemm(., DQ(W int8), DQ(c int32)) -> Reshape[.., N]
+
+No Q follows a Gemm, so the kernel writes float and nothing is rounded twice. Activations are uint8: the x86 kernels are
+u8 x s8, and the runtime leaves int8 activations with several readers in float.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from vitq_compiler.blocks.linear import Linear
+from vitq_compiler.graph import Graph, Node, Tensor, is_constant, producer, value
+from vitq_compiler.quant import Edge, QuantParams
+from vitq_compiler.targets.target import Rule, Target
+
+if TYPE_CHECKING:
+    from vitq_compiler.pipeline import Compilation
+
+
+def _is_dequantized(tensor: Tensor, dtype: type) -> bool:
+    node = producer(tensor)
+    return node is not None and node.op == "DequantizeLinear" and node.inputs[0].dtype == dtype
+
+
+class Onnxruntime(Target):
+    """ONNX Runtime's CPU kernels."""
+
+    name = "onnxruntime"
+    opset = 23
+    ir_version = 10
+    rewrites = "fuse-attention,linearize-patch-embedding"
+    lowering = "insert-qdq,legalize"
+    integer_kernels = frozenset({"QGemm", "MatMulIntegerToFloat", "QLinearMatMul", "QLinearConv", "DynamicQuantizeMatMul"})
+    rules = (
+        Rule("QuantizeLinear", lambda n: len(n.inputs) == 3, "has no zero point, so the runtime fuses nothing with it"),
+        Rule("DequantizeLinear", lambda n: len(n.inputs) == 3, "has no zero point, so the runtime fuses nothing with it"),
+        Rule("QuantizeLinear", lambda n: n.outputs[0].dtype == np.uint8, "quantizes to int8, which this runtime leaves in float where several nodes read it"),
+        Rule(
+            "Gemm",
+            lambda n: not _is_dequantized(n.inputs[1], np.int8) or (len(n.inputs) < 3 or _is_dequantized(n.inputs[2], np.int32)),
+            "has a float bias on an integer weight, which keeps it out of the integer kernel",
+        ),
+        Rule(
+            "Gemm",
+            lambda n: not _is_dequantized(n.inputs[1], np.int8) or _is_dequantized(n.inputs[0], np.uint8),
+            "has an integer weight but a float activation",
+        ),
+    )
+
+    def lower(self, c: Compilation) -> int:
+        flat: dict[str, Tensor] = {}
+        changes = 0
+        for linear in c.annotations.linears:
+            activation = c.params.get(Edge(linear.name, 0))
+            if activation is None:
+                continue
+            reason = _to_gemm(c.graph, linear, activation, c.params[Edge(linear.name, 1)], flat)
+            if reason:
+                c.warnings.append(f"{linear.name}: {reason}; it stays a MatMul, which is a little slower")
+            else:
+                changes += 1
+        return changes
+
+
+def _to_gemm(graph: Graph, linear: Linear, activation: QuantParams, weight: QuantParams, flat: dict[str, Tensor]) -> str:
+    """Rewrite one quantized Linear; returns why not, or an empty string."""
+    dequantize = producer(linear.input)
+    assert dequantize is not None and dequantize.op == "DequantizeLinear"
+    rank = len(linear.output.shape or ())  # the input's shape changes with the first of its readers
+    middle = list(linear.output.shape or ())[1:-1]
+    if rank < 2 or not all(isinstance(d, int) and d > 0 for d in middle):
+        return "its token count is not static"
+    x = linear.input if rank == 2 else _flatten(graph, dequantize, linear.weight.shape[0], flat)
+    inputs = [x, linear.weight]
+    if linear.bias is not None:
+        inputs.append(_integer_bias(graph, linear, activation, weight))
+    output = graph.insert("Gemm", inputs, name=f"{linear.name}/gemm", like=linear.output)
+    if rank > 2:
+        output.shape = [None, linear.output.shape[-1]]
+        shape = graph.constant(f"{linear.name}/unflatten", np.array([-1, *middle, linear.output.shape[-1]], np.int64))
+        output = graph.insert("Reshape", [output, shape], name=f"{linear.name}/unflatten", like=linear.output)
+    graph.replace(linear.output, output)
+    return ""
+
+
+def _flatten(graph: Graph, dequantize: Node, features: int, flat: dict[str, Tensor]) -> Tensor:
+    """The quantizer of ``dequantize`` again, on [-1, features]; one for all readers."""
+    key = dequantize.name
+    if key not in flat:
+        quantize = producer(dequantize.inputs[0])
+        assert quantize is not None and quantize.op == "QuantizeLinear"
+        source, codes = quantize.inputs[0], quantize.outputs[0]
+        shape = graph.constant(f"{source.name}/flat", np.array([-1, features], np.int64))
+        matrix = graph.insert("Reshape", [source, shape], name=f"{source.name}/flatten", like=source)
+        matrix.shape = codes.shape = dequantize.outputs[0].shape = [None, features]
+        quantize.inputs[0] = matrix
+        flat[key] = dequantize.outputs[0]
+    return flat[key]
+
+
+def _integer_bias(graph: Graph, linear: Linear, activation: QuantParams, weight: QuantParams) -> Tensor:
+    """The bias as int32 codes at scale activation * weight, the unit of the kernel's accumulator."""
+    assert linear.bias is not None and is_constant(linear.bias)
+    bias = value(linear.bias).astype(np.float64)
+    scale = (activation.scale * weight.scale).astype(np.float32)
+    codes = np.rint(bias / scale.astype(np.float64))
+    limits = np.iinfo(np.int32)
+    name = linear.bias.name
+    inputs = [
+        graph.constant(f"{name}/codes", np.clip(codes, limits.min, limits.max).astype(np.int32)),
+        graph.constant(f"{name}/scale", scale),
+        graph.constant(f"{name}/zero_point", np.zeros(scale.shape, np.int32)),
+    ]
+    output = graph.insert("DequantizeLinear", inputs, name=f"{name}/dq", axis=0 if scale.ndim else None)
+    output.dtype, output.shape = np.dtype(np.float32), list(bias.shape)
+    return output
