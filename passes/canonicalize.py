@@ -111,15 +111,21 @@ def _fold_reshape(graph: Graph, node: Node, first: Array, second: Array) -> int:
 
 def _batch_of(graph: Graph) -> Tensor:
     spec = next(s for s in graph.inputs if s.shape and not (isinstance(s.shape[0], int) and s.shape[0] > 0))
-    batch = graph.insert("Shape", [graph.tensor(spec.name)], name="batch", start=0, end=1)
+    image = graph.tensor(spec.name)
+    for node in readers(image):  # of an earlier run
+        if node.op == "Shape" and (node.attrs.get("start", 0), node.attrs.get("end")) == (0, 1):
+            return node.outputs[0]
+    batch = graph.insert("Shape", [image], name="batch", start=0, end=1)
     batch.dtype, batch.shape = np.dtype(np.int64), [1]
     return batch
 
 
 def _fold_batched(graph: Graph, tensor: Tensor, first: Array, second: Array, batch: Tensor) -> int:
     """A shape vector whose changed entries are the batch, or rows repeated along the batch."""
-    if tensor.inputs[0].op in ("Concat", "Expand") and all(t is batch or is_constant(t) for t in tensor.inputs[0].inputs):
-        return 0
+    node = tensor.inputs[0]
+    shape = producer(node.inputs[1]) if node.op == "Expand" and is_constant(node.inputs[0]) else node
+    if shape is not None and shape.op == "Concat" and all(t is batch or is_constant(t) for t in shape.inputs):
+        return 0  # has that form already
     if first.ndim == 1 and first.dtype == np.int64 and first.shape == second.shape:
         changed = first != second
         if (first[changed] == BATCHES[0]).all() and (second[changed] == BATCHES[1]).all():

@@ -13,7 +13,7 @@ import numpy as np
 
 from vitq_compiler.graph import Graph, Tensor, value
 from vitq_compiler.pipeline import Compilation, Fact, Pass
-from vitq_compiler.quant import QuantParams, quantize
+from vitq_compiler.quant import QuantParams, dequantize, quantize
 
 
 @dataclass(frozen=True)
@@ -31,6 +31,7 @@ class InsertQdq(Pass):
             tensor = node.inputs[edge.index]
             if edge.index == 1:
                 node.inputs[1] = dequantize_constant(c.graph, tensor.name, quantize(value(tensor), params), params)
+                c.codes[edge] = node.inputs[1].inputs[0].inputs[0].name
                 continue
             key = (tensor.name, float(params.scale), int(params.zero_point))
             if key not in dequantized:
@@ -41,7 +42,13 @@ class InsertQdq(Pass):
 
 
 def quantize_activation(graph: Graph, tensor: Tensor, params: QuantParams) -> Tensor:
-    """``tensor`` behind a QuantizeLinear and a DequantizeLinear with shared scale and zero point."""
+    """``tensor`` behind a QuantizeLinear and a DequantizeLinear with shared scale and zero point.
+
+    Fewer than 8 bits are exact in the 8-bit container: a Clip to the values of the first and last code comes before.
+    """
+    if params.quant_max - params.quant_min < np.iinfo(params.dtype).max - np.iinfo(params.dtype).min:
+        ends = [graph.constant(f"{tensor.name}/{n}", dequantize(np.asarray(code), params)) for n, code in (("low", params.quant_min), ("high", params.quant_max))]
+        tensor = graph.insert("Clip", [tensor, *ends], name=f"{tensor.name}/clip", like=tensor)
     scale = graph.constant(f"{tensor.name}/scale", params.scale)
     zero_point = graph.constant(f"{tensor.name}/zero_point", params.zero_point.astype(params.dtype))
     codes = graph.insert("QuantizeLinear", [tensor, scale, zero_point], name=f"{tensor.name}/q")

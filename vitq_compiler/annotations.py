@@ -8,8 +8,9 @@ from vitq_compiler.blocks.attention import Attention, find_attention
 from vitq_compiler.blocks.linear import Linear, find_linears
 from vitq_compiler.blocks.mlp import Mlp, find_mlps
 from vitq_compiler.blocks.patch_embed import find_patch_embeddings
-from vitq_compiler.graph import Graph, Node, Tensor, ancestors, readers
+from vitq_compiler.graph import Graph, Node, Tensor, readers
 from vitq_compiler.pattern import MatchFailure
+from vitq_compiler.quant import Edge
 
 
 @dataclass
@@ -22,6 +23,7 @@ class Annotations:
         mlps: MLP blocks.
         patch_embeddings: Conv nodes that turn the image into tokens.
         failures: structures that were almost an attention block, and why not.
+        block_edges: block name -> the first edge that reads the result of the block.
     """
 
     linears: list[Linear] = field(default_factory=list)
@@ -29,15 +31,12 @@ class Annotations:
     mlps: list[Mlp] = field(default_factory=list)
     patch_embeddings: list[Node] = field(default_factory=list)
     failures: list[MatchFailure] = field(default_factory=list)
+    block_edges: dict[str, Edge] = field(default_factory=dict)
 
     @property
     def by_matmul(self) -> dict[int, Linear]:
         """Linear layers by the id of their MatMul node."""
         return {id(linear.matmul): linear for linear in self.linears}
-
-    def block_outputs(self) -> dict[str, Tensor]:
-        """The tensor each block adds to the residual stream, by block name."""
-        return {linear.block: linear.output for linear in self.linears if linear.role in ("proj", "fc2")}
 
 
 def understand(graph: Graph) -> Annotations:
@@ -57,7 +56,14 @@ def understand(graph: Graph) -> Annotations:
     for linear in linears:
         if linear.role == "linear" and not _feeds(linear.output, matmuls):
             linear.role = "head"
+    found.block_edges = {linear.block: edge for linear in linears if linear.role in ("proj", "fc2") and (edge := _reading_edge(linear.output))}
     return found
+
+
+def _reading_edge(tensor: Tensor) -> Edge | None:
+    for reader in readers(tensor):
+        return Edge(reader.name, next(i for i, t in enumerate(reader.inputs) if t is tensor))
+    return None
 
 
 def _feeds(tensor: Tensor, matmuls: set[int]) -> bool:
@@ -73,8 +79,3 @@ def _feeds(tensor: Tensor, matmuls: set[int]) -> bool:
         seen.add(id(node))
         stack.extend(r for t in node.outputs for r in readers(t))
     return False
-
-
-def depends_on(tensor: Tensor, node: Node) -> bool:
-    """Whether ``tensor`` is computed from ``node``."""
-    return any(n is node for n in ancestors(tensor))

@@ -120,8 +120,10 @@ class Graph:
         model = self.to_proto()
         for tensor in model.graph.initializer:
             if int(np.prod(tensor.dims)) > 8:
-                del tensor.float_data[:], tensor.int32_data[:], tensor.int64_data[:]
-                tensor.raw_data = b""
+                for kind in ("float_data", "int32_data", "int64_data", "double_data", "uint64_data", "raw_data"):
+                    tensor.ClearField(kind)
+                tensor.data_location = onnx.TensorProto.EXTERNAL  # the printer refuses a tensor without data
+                tensor.external_data.add(key="location", value="elided")
         del model.graph.value_info[:]
         return onnx.printer.to_text(model)
 

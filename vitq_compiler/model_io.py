@@ -114,6 +114,13 @@ def convert_opset(model: onnx.ModelProto, opset: int, path: Path) -> onnx.ModelP
     return converted
 
 
+def file_bytes(path: Path) -> int:
+    """Size of a model file and of its external data."""
+    model = onnx.load(path, load_external_data=False)
+    external = {entry.value for t in model.graph.initializer for entry in t.external_data if entry.key == "location"}
+    return path.stat().st_size + sum((path.parent / name).stat().st_size for name in external)
+
+
 def check_output(path: Path, model: Path) -> None:
     """Refuse an output that cannot be written, before any work is done.
 

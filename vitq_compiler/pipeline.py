@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from vitq_compiler.graph import Graph
     from vitq_compiler.quant import Edge, QuantParams, QuantSpec
     from vitq_compiler.recipe import Recipe
-    from vitq_compiler.targets.target import Target
+    from vitq_compiler.target import Target
 
 
 class Fact(Enum):
@@ -58,7 +58,7 @@ class Progress(Protocol):
     def __call__(self, step: str, done: int, total: int) -> None: ...
 
 
-def _silent(step: str, done: int, total: int) -> None:
+def silent(step: str, done: int, total: int) -> None:
     """No progress shown."""
 
 
@@ -74,10 +74,11 @@ class Compilation:
     table: CalibrationTable = None  # type: ignore[assignment]  # set by calibrate
     specs: dict[Edge, QuantSpec] = field(default_factory=dict)
     params: dict[Edge, QuantParams] = field(default_factory=dict)
+    codes: dict[Edge, str] = field(default_factory=dict)  # weight edge -> the initializer of its codes, set by insert-qdq
     notes: list[Note] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)
     threads: int = 0
-    progress: Progress = _silent
+    progress: Progress = silent
 
 
 @dataclass(frozen=True)

@@ -32,8 +32,7 @@ _FILTERS = {name: Image.Resampling[name.upper()] for name in ("nearest", "biline
 _MODES = {1: "L", 3: "RGB", 4: "RGBA"}
 _DEFAULT_SIZE = 224
 _LARGEST_SIZE = 1 << 14
-# A resized picture with more pixels than this many times the crop (a strip of 1 x 10000) is never built: see `pixels`.
-_LARGEST_EXCESS = 64
+_LARGEST_EXCESS = 64  # a resized picture of more pixels than this many crops (a strip of 1 x 10000) is never built
 
 
 @dataclass(frozen=True)
@@ -44,8 +43,7 @@ class Preprocess:
         mean: per channel, subtracted after ``rescale``; one number stands for all channels.
         std: per channel, divides; one number stands for all channels.
         rescale: factor from pixels 0..255; 1/255 almost everywhere.
-        resize: shorter side in pixels, or exact (height, width); None keeps the size where ``crop`` is given, else
-            resizes straight to what the model takes.
+        resize: shorter side in pixels, or exact (height, width); None keeps the size, or without ``crop`` takes the model's.
         crop: centre crop, (height, width).
         interpolation: nearest, bilinear, bicubic or lanczos.
         source: which preprocessing this is and why it was chosen, for the report.
@@ -100,8 +98,7 @@ class Preprocess:
             image.draft(image.mode, (side, side))
         image = _flatten(ImageOps.exif_transpose(image), channels)
         full_height, full_width = self.resized(image.height, image.width, height, width)
-        top, left = round((full_height - height) / 2), round((full_width - width) / 2)
-        filter_ = _FILTERS[self.interpolation]
+        top, left, filter_ = round((full_height - height) / 2), round((full_width - width) / 2), _FILTERS[self.interpolation]
         if full_height * full_width <= _LARGEST_EXCESS * height * width:
             resized = image.resize((full_width, full_height), filter_, reducing_gap=3.0)
             cropped = resized.crop((left, top, left + width, top + height))
@@ -129,11 +126,8 @@ class Preprocess:
 
     def default_size(self) -> tuple[int, int]:
         """(height, width) for a model that takes any."""
-        if self.crop:
-            return self.crop
-        if isinstance(self.resize, int):
-            return self.resize, self.resize
-        return self.resize or (_DEFAULT_SIZE, _DEFAULT_SIZE)
+        size = self.crop or self.resize or _DEFAULT_SIZE
+        return (size, size) if isinstance(size, int) else size
 
 
 _CLIP_MEAN, _CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
@@ -165,16 +159,13 @@ def resolve(text: str | None, model_path: Path | None) -> Preprocess:
     if model_path is None:
         return replace(_IMAGENET, source="imagenet (default)")
     folder = model_path if model_path.is_dir() else model_path.parent
-    silent = []
     for path in (folder / "preprocessor_config.json", folder / "config.json"):
         if path.is_file():
             with _explained(str(path), "repair the file, or pass --preprocess"):
                 found = _read_config(path)
             if found:
                 return found
-            silent.append(path.name)
-    why = f"{' and '.join(silent)} beside the model has no mean and std" if silent else "no preprocessor_config.json beside the model"
-    return replace(_IMAGENET, source=f"imagenet (default: {why})")
+    return replace(_IMAGENET, source="imagenet (default: no preprocessor_config.json or config.json with mean and std beside the model)")
 
 
 @contextmanager
@@ -195,10 +186,8 @@ def _parse(text: str) -> Preprocess:
     settings: dict[str, str] = {}
     for item in items:
         key, _, value = (part.strip() for part in item.partition("="))
-        if key not in _SETTINGS or not value:
-            raise ValueError(f"{item!r} is not one of {'=..., '.join(_SETTINGS)}=...")
-        if key in settings:
-            raise ValueError(f"{key} is given twice")
+        if key not in _SETTINGS or key in settings or not value:
+            raise ValueError(f"{item!r} is given twice or not one of {'=..., '.join(_SETTINGS)}=...")
         settings[key] = value
     if name == "explicit" and ("mean" in settings) != ("std" in settings):
         raise ValueError("mean and std are needed together")
@@ -230,11 +219,10 @@ _SETTINGS: dict[str, tuple[str, Callable[[str], object]]] = {
 def _read_config(path: Path) -> Preprocess | None:
     """What a configuration file says; None where it is some other tool's and says nothing of preprocessing."""
     config = json.loads(path.read_text(encoding="utf-8-sig"))
-    if not isinstance(config, dict):
-        return None
+    config = config if isinstance(config, dict) else {}
     source = f"{path.name} beside the model"
-    timm = config.get("pretrained_cfg", config)
-    if isinstance(timm, dict) and "mean" in timm and "std" in timm:
+    timm = config["pretrained_cfg"] if isinstance(config.get("pretrained_cfg"), dict) else config
+    if "mean" in timm and "std" in timm:
         return _from_timm(timm, f"{source} (timm)")
     if "image_mean" in config or "do_rescale" in config or "do_resize" in config:
         return _from_transformers(config, f"{source} (transformers)")
@@ -251,30 +239,29 @@ def _from_timm(config: Mapping[str, Any], source: str) -> Preprocess:
 
 
 def _from_transformers(config: Mapping[str, Any], source: str) -> Preprocess:
-    mean, std = ((0.0,), (1.0,)) if not config.get("do_normalize", True) else (_numbers(config["image_mean"]), _numbers(config["image_std"]))
+    normalizes = config.get("do_normalize", True)
+    mean, std = (_numbers(config["image_mean"]), _numbers(config["image_std"])) if normalizes else ((0.0,), (1.0,))
     rescale = float(config.get("rescale_factor", 1 / 255)) if config.get("do_rescale", True) else 1.0
-    interpolation = {0: "nearest", 1: "lanczos", 2: "bilinear", 3: "bicubic"}.get(config.get("resample", 2), str(config.get("resample")))
-    kind = str(config.get("image_processor_type") or config.get("feature_extractor_type") or "")
+    resample = config.get("resample", 2)
+    interpolation = {0: "nearest", 1: "lanczos", 2: "bilinear", 3: "bicubic"}.get(resample, str(resample))
     crops = config.get("do_center_crop", "crop_size" in config)
+    crop = _pair(config.get("crop_size", _DEFAULT_SIZE)) if crops else None
     # A bare number is the shorter side where a crop follows, and both sides elsewhere; DeiT's squeezes and then crops.
+    kind = str(config.get("image_processor_type") or config.get("feature_extractor_type"))
     square = not crops or kind.startswith(("ViT", "DeiT", "Beit"))
-    resize = _transformers_size(config["size"], square) if config.get("do_resize", True) and config.get("size") is not None else None
-    given = _transformers_size(config.get("crop_size", _DEFAULT_SIZE), True) if crops else None
-    crop = (given, given) if isinstance(given, int) else given
-    if config.get("crop_pct") and isinstance(resize, int):  # ConvNeXT's rule, which Swin exports use too
-        crop = (resize, resize)
-        resize = int(resize / config["crop_pct"]) if resize < 384 else crop
-    return Preprocess(mean, std, rescale, resize, crop, interpolation, source)
+    size = config.get("size") if config.get("do_resize", True) else None
+    if isinstance(size, dict) and "shortest_edge" in size:
+        size = int(size["shortest_edge"])
+    elif size is not None and (square or not isinstance(size, int)):
+        size = _pair(size)
+    if config.get("crop_pct") and isinstance(size, int):  # ConvNeXT's rule
+        crop = _pair(size)
+        size = int(size / config["crop_pct"]) if size < 384 else crop
+    return Preprocess(mean, std, rescale, size, crop, interpolation, source)
 
 
-def _transformers_size(size: Any, square: bool) -> int | tuple[int, int]:
-    if isinstance(size, Mapping) and "shortest_edge" in size:
-        return int(size["shortest_edge"])
-    if isinstance(size, Mapping) and "height" in size:
-        return int(size["height"]), int(size["width"])
-    if isinstance(size, int):
-        return (size, size) if square else size
-    raise ValueError(f"size {size!r} is not a number, height and width, or shortest_edge")
+def _pair(size: Any) -> tuple[int, int]:
+    return (size, size) if isinstance(size, int) else (int(size["height"]), int(size["width"]))
 
 
 def _per_channel(name: str, values: tuple[float, ...], channels: int, alpha: float) -> NDArray[np.float32]:
@@ -289,10 +276,7 @@ def _per_channel(name: str, values: tuple[float, ...], channels: int, alpha: flo
 
 
 def _flatten(image: Image.Image, channels: int) -> Image.Image:
-    """Eight bits a channel, in the wanted mode; see-through pixels are shown on white unless the model takes alpha.
-
-    White is what viewers and web pages show; dropping alpha instead would uncover colours nobody has seen.
-    """
+    """Eight bits a channel, in the wanted mode; see-through pixels are laid on white, as viewers do, unless the model takes alpha."""
     if channels not in _MODES:
         raise DataError(f"the model takes {channels} channels, pictures have 1, 3 or 4: pass the inputs as .npz")
     if image.mode in ("I", "F") or image.mode.startswith("I;16"):

@@ -111,7 +111,7 @@ def _apply(node: Node, result: Tensor, x: NDArray[np.int64]) -> NDArray[np.int64
         axis = node.attrs.get("axis", 0)
         which = next(i for i, t in enumerate(node.outputs) if t is result)
         count = len(node.outputs)
-        sizes = arguments[0] if arguments else np.full(count, x.shape[axis] // count)
+        sizes = arguments[0] if arguments else np.full(count, -(-x.shape[axis] // count))  # the last may be smaller
         return np.split(x, np.cumsum(sizes)[:-1].astype(int), axis=axis)[which]
     return x  # Identity
 

@@ -19,7 +19,7 @@ LAYERS = (
     ("",),
     ("compiler",),
     ("passes",),
-    ("annotations", "recipe", "report", "verify"),
+    ("annotations", "catalog", "recipe", "report", "validation", "verify"),
     ("blocks", "targets"),
     ("calibration", "data", "views"),
     ("builtin_images", "model_io", "observers", "pattern", "pipeline", "registry"),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from vitq_compiler.graph import Graph, Node, Tensor, is_constant, readers, value
 from vitq_compiler.pattern import MatchFailure
@@ -19,16 +19,21 @@ class Linear:
         add: the Add node of the bias, or None; its input 1 is the bias [out_features].
         role: what it does in its block, one of `ROLES`.
         block: the block it belongs to, such as ``attention 3``; empty outside blocks.
+        name: the name of its MatMul node, kept after lowering has replaced the node.
+        in_features, out_features: the shape of the weight.
     """
 
     matmul: Node
     add: Node | None
     role: str = "linear"
     block: str = ""
+    name: str = field(init=False)
+    in_features: int = field(init=False)
+    out_features: int = field(init=False)
 
-    @property
-    def name(self) -> str:
-        return str(self.matmul.name)
+    def __post_init__(self) -> None:
+        self.name = self.matmul.name
+        self.in_features, self.out_features = value(self.weight).shape
 
     @property
     def input(self) -> Tensor:
@@ -45,14 +50,6 @@ class Linear:
     @property
     def output(self) -> Tensor:
         return (self.add or self.matmul).outputs[0]
-
-    @property
-    def in_features(self) -> int:
-        return int(value(self.weight).shape[0])
-
-    @property
-    def out_features(self) -> int:
-        return int(value(self.weight).shape[1])
 
 
 def find_linears(graph: Graph) -> list[Linear]:

@@ -15,7 +15,7 @@ import numpy as np
 from vitq_compiler.blocks.linear import Linear
 from vitq_compiler.graph import Graph, Node, Tensor, is_constant, producer, value
 from vitq_compiler.quant import Edge, QuantParams
-from vitq_compiler.targets.target import Rule, Target
+from vitq_compiler.target import Rule, Target
 
 if TYPE_CHECKING:
     from vitq_compiler.pipeline import Compilation

@@ -1,0 +1,113 @@
+"""Ranges reduced inside the runtime against numpy on the same data."""
+
+from collections.abc import Iterator
+
+import numpy as np
+import pytest
+
+from tests.builders import Feed, compilation, graph_of, vit
+from vitq_compiler.calibration import CalibrationTable, ChannelRange, collect
+from vitq_compiler.errors import ModelError
+from vitq_compiler.graph import Graph
+from vitq_compiler.pipeline import silent
+
+TEXT = "g (float[B, 3, 4] x) => (float[B, 3, 4] y) { a = Mul(x, w) y = Neg(a) }"
+W = np.array([1, 10, -3, 0], np.float32)
+
+
+def batches(count: int = 3, shape: tuple[int, ...] = (2, 3, 4)) -> list[Feed]:
+    random = np.random.default_rng(0)
+    return [{"x": random.normal(i, 1, shape).astype(np.float32)} for i in range(count)]
+
+
+def gather(graph: Graph, axes: dict[str, int], feeds: list[Feed]) -> CalibrationTable:
+    return collect(graph, axes, feeds, len(feeds), threads=1, progress=silent)
+
+
+@pytest.mark.parametrize("axis", [0, 1, 2, -1, -2])
+def test_ranges_are_those_of_numpy(axis: int) -> None:
+    feeds = batches()
+    table = gather(graph_of(TEXT, w=W), {"a": axis}, feeds)
+    values = [feed["x"] * W for feed in feeds]
+    others = tuple(i for i in range(3) if i != axis % 3)
+    np.testing.assert_array_equal(table.ranges["a"].low, np.min([v.min(others) for v in values], 0))
+    np.testing.assert_array_equal(table.ranges["a"].high, np.max([v.max(others) for v in values], 0))
+    assert table.samples == 6
+
+
+def test_several_tensors_inputs_and_outputs_too() -> None:
+    feeds = batches()
+    table = gather(graph_of(TEXT, w=W), {"x": -1, "a": 1, "y": 2}, feeds)
+    assert set(table.ranges) == {"x", "a", "y"}
+    assert table.ranges["a"].low.shape == (3,)
+    np.testing.assert_array_equal(table.ranges["x"].high, np.concatenate([f["x"] for f in feeds]).max((0, 1)))
+    np.testing.assert_array_equal(table.ranges["y"].low, np.concatenate([-f["x"] * W for f in feeds]).min((0, 1)))
+
+
+def test_images_are_reduced_per_colour() -> None:
+    graph = graph_of("g (float[B, 3, 4, 4] x) => (float[B, 3, 4, 4] y) { y = Relu(x) }")
+    feeds = batches(2, (5, 3, 4, 4))
+    table = gather(graph, {"x": 1}, feeds)
+    np.testing.assert_array_equal(table.ranges["x"].low, np.concatenate([f["x"] for f in feeds]).min((0, 2, 3)))
+
+
+def test_a_matrix_of_one_row_per_image() -> None:
+    graph = graph_of("g (float[B, 4] x) => (float[B, 4] y) { y = Relu(x) }")
+    feeds = batches(2, (3, 4))
+    assert gather(graph, {"x": -1}, feeds).ranges["x"].low.shape == (4,)
+
+
+def test_the_graph_is_left_alone() -> None:
+    graph = graph_of(TEXT, w=W)
+    before = graph.text()
+    gather(graph, {"a": -1}, batches())
+    assert graph.text() == before
+
+
+def test_the_order_of_batches_does_not_matter() -> None:
+    graph = compilation(vit()).graph
+    feeds = [{"image": np.random.default_rng(seed).normal(size=(2, 3, 8, 8)).astype(np.float32)} for seed in range(3)]
+    name = graph.find("LayerNormalization")[0].outputs[0].name
+    one, other = gather(graph, {name: -1}, feeds), gather(graph, {name: -1}, feeds[::-1])
+    np.testing.assert_array_equal(one.ranges[name].low, other.ranges[name].low)
+    assert (one.ranges[name].low < one.ranges[name].high).all()
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
+def test_tensors_that_are_not_finite_are_refused(bad: float) -> None:
+    feeds = batches()
+    feeds[1]["x"][1, 2, 3] = bad
+    with pytest.raises(ModelError, match=r"tensor x is not finite on the calibration data"):
+        gather(graph_of(TEXT, w=W), {"x": -1}, feeds)
+
+
+def test_progress_and_laziness() -> None:
+    told: list[tuple[str, int, int]] = []
+    asked: list[int] = []
+
+    def lazy() -> Iterator[Feed]:
+        for index, feed in enumerate(batches(3)):
+            asked.append(len(told))
+            assert len(told) == index, "a batch is made when the one before it has been counted"
+            yield feed
+
+    collect(graph_of(TEXT, w=W), {"a": -1}, lazy(), 6, threads=1, progress=lambda *step: told.append(step))
+    assert told == [("calibrating", 2, 6), ("calibrating", 4, 6), ("calibrating", 6, 6)]
+    assert asked == [0, 1, 2]
+
+
+def test_merge_and_update() -> None:
+    table = CalibrationTable()
+    table.update("t", ChannelRange(np.float32([-1, 0]), np.float32([1, 5])))
+    table.update("t", ChannelRange(np.float32([0, -3]), np.float32([2, 4])))
+    np.testing.assert_array_equal(table.ranges["t"].low, [-1, -3])
+    np.testing.assert_array_equal(table.ranges["t"].high, [2, 5])
+
+
+def test_rescale_follows_the_rewrite() -> None:
+    graph = graph_of("g (float[B, 3, 4] x) => (float[B, 3, 4] y) { a = Add(x, shift) y = Div(a, scale) }", shift=W, scale=np.abs(W) + 1)
+    feeds = batches()
+    table = gather(graph, {"x": -1, "y": -1}, feeds)
+    table.rescale("x", np.abs(W) + 1, W)
+    np.testing.assert_allclose(table.ranges["x"].low, table.ranges["y"].low, rtol=1e-6)
+    np.testing.assert_allclose(table.ranges["x"].high, table.ranges["y"].high, rtol=1e-6)

@@ -1,0 +1,113 @@
+"""Recipes: every mistake in a file is one line that says what and where."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.builders import find_pass
+from vitq_compiler.catalog import FRONT
+from vitq_compiler.errors import RecipeError
+from vitq_compiler.pipeline import Pipeline
+from vitq_compiler.quant import QuantSpec
+from vitq_compiler.recipe import load_recipe, parse_recipe, recipe_names
+
+GOOD = """
+description = "four bits"
+weight = { bits = 4, signed = true, symmetric = true, granularity = "per_channel" }
+activation = { bits = 6 }
+float_roles = ["head", "patch_embed"]
+passes = "calibrate,compute-qparams"
+exclude = ["blocks.0"]
+"""
+TABLE: dict[str, Any] = {"description": "d", "weight": {}, "activation": {}, "passes": "calibrate"}
+
+
+@pytest.mark.parametrize("name", recipe_names())
+def test_the_recipes_of_the_package(name: str) -> None:
+    recipe = load_recipe(name)
+    assert recipe.name == name
+    assert recipe.description
+    Pipeline.parse(f"{FRONT},{recipe.passes}", find_pass)
+
+
+def test_the_default_recipe() -> None:
+    recipe = load_recipe("w8a8")
+    assert recipe.weight == QuantSpec(8, signed=True, symmetric=True, granularity="per_channel")
+    assert recipe.activation == QuantSpec(8)
+    assert "head" in recipe.float_roles
+
+
+def test_a_recipe_from_a_file(tmp_path: Path) -> None:
+    path = tmp_path / "mine.toml"
+    path.write_text(GOOD)
+    recipe = load_recipe(str(path))
+    assert (recipe.name, recipe.description, recipe.passes) == ("mine", "four bits", "calibrate,compute-qparams")
+    assert recipe.weight == QuantSpec(4, signed=True, symmetric=True, granularity="per_channel")
+    assert recipe.activation.bits == 6
+    assert recipe.float_roles == ("head", "patch_embed")
+    assert recipe.exclude == ("blocks.0",)
+
+
+def test_more_exclusions() -> None:
+    recipe = parse_recipe("r", TABLE | {"exclude": ["a"]}).excluding(("b", "c"))
+    assert recipe.exclude == ("a", "b", "c")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"wieght": {}}, r"recipe r: unknown key 'wieght', known are activation, description"),
+        ({"name": "x"}, r"unknown key 'name'"),
+        ({"weight": 8}, r"weight must be a table"),
+        ({"weight": {"bots": 8}}, r"weight has no option 'bots', known are bits, signed, symmetric, granularity"),
+        ({"weight": {"bits": "8"}}, r"weight\.bits cannot be '8', it takes a int"),
+        ({"weight": {"bits": 8.0}}, r"weight\.bits cannot be 8\.0"),
+        ({"weight": {"bits": True}}, r"weight\.bits cannot be True"),
+        ({"weight": {"signed": 1}}, r"weight\.signed cannot be 1, it takes a bool"),
+        ({"weight": {"bits": 1}}, r"recipe r: weight: bits must be 2 to 8, got 1"),
+        ({"activation": {"bits": 16}}, r"activation: bits must be 2 to 8, got 16"),
+        ({"weight": {"granularity": "per_group"}}, r"weight\.granularity must be per_tensor or per_channel"),
+        ({"float_roles": ["haed"]}, r"float_roles holds 'haed', known roles are qkv, "),
+        ({"float_roles": "head"}, r"float_roles must be a list of strings"),
+        ({"exclude": [1]}, r"exclude must be a list of strings"),
+    ],
+)
+def test_mistakes(change: dict[str, Any], message: str) -> None:
+    with pytest.raises(RecipeError, match=message) as caught:
+        parse_recipe("r", TABLE | change)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("key", ["description", "weight", "activation", "passes"])
+def test_missing_keys(key: str) -> None:
+    with pytest.raises(RecipeError, match=f"key '{key}' is missing"):
+        parse_recipe("r", {k: v for k, v in TABLE.items() if k != key})
+
+
+def test_an_unknown_name_is_refused_with_a_suggestion() -> None:
+    with pytest.raises(RecipeError, match=r"recipe 'w8a7' is unknown, did you mean w8a8"):
+        load_recipe("w8a7")
+    with pytest.raises(RecipeError, match=r"recipe 'zzzzz' is unknown: see --list-recipes"):
+        load_recipe("zzzzz")
+
+
+def test_a_missing_file(tmp_path: Path) -> None:
+    with pytest.raises(RecipeError, match=r"none\.toml: no such file"):
+        load_recipe(str(tmp_path / "none.toml"))
+
+
+@pytest.mark.parametrize("text", ["weight = {", "= 3", "\x00", "weight = 1\nweight = 2"])
+def test_broken_toml(tmp_path: Path, text: str) -> None:
+    path = tmp_path / "broken.toml"
+    path.write_text(text)
+    with pytest.raises(RecipeError, match="not valid TOML") as caught:
+        load_recipe(str(path))
+    assert "\n" not in str(caught.value)
+
+
+def test_bytes_that_are_no_text(tmp_path: Path) -> None:
+    path = tmp_path / "bytes.toml"
+    path.write_bytes(bytes(range(128, 256)))
+    with pytest.raises(RecipeError, match="not valid TOML"):
+        load_recipe(str(path))

@@ -1,0 +1,94 @@
+"""Sessions, probes and the optimizer's view."""
+
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+
+from tests.builders import graph_of, model_of, run_model
+from vitq_compiler import runtime
+from vitq_compiler.errors import TargetError
+from vitq_compiler.graph import InputSpec
+
+DOUBLE_RELU = "g (float[B, 4] x) => (float[B, 4] y) { a = Relu(x) b = Identity(a) y = Relu(b) }"
+
+
+def broken() -> onnx.ModelProto:
+    """A graph that reads a tensor nobody makes."""
+    model = model_of(DOUBLE_RELU)
+    model.graph.node[2].input[0] = "nobody"
+    return model
+
+
+def test_session_from_a_proto_and_from_a_file(tmp_path: Path) -> None:
+    model = model_of(DOUBLE_RELU)
+    path = tmp_path / "m.onnx"
+    onnx.save(model, path)
+    x = np.array([[-1, 2, -3, 4]], np.float32)
+    for source in (model, path):
+        np.testing.assert_array_equal(runtime.run(runtime.session(source, threads=1), {"x": x})[0], np.maximum(x, 0))
+
+
+def test_outputs_can_be_chosen() -> None:
+    session = runtime.session(model_of("g (float[2] x) => (float[2] y, float[2] z) { y = Neg(x) z = Abs(x) }"), threads=1)
+    results = runtime.run(session, {"x": np.float32([1, -2])}, ["z"])
+    assert len(results) == 1
+    np.testing.assert_array_equal(results[0], [1, 2])
+
+
+def test_failures_are_target_errors_of_one_line() -> None:
+    with pytest.raises(TargetError, match=r"^onnxruntime [\d.]+ cannot load the graph: ") as caught:
+        runtime.session(broken())
+    assert "\n" not in str(caught.value)
+    session = runtime.session(model_of(DOUBLE_RELU), threads=1)
+    with pytest.raises(TargetError, match=r"^onnxruntime [\d.]+ cannot run the graph: ") as caught:
+        runtime.run(session, {"x": np.zeros((1, 5), np.float32)})
+    assert "\n" not in str(caught.value)
+    with pytest.raises(TargetError, match="cannot run"):
+        runtime.run(session, {"other": np.zeros((1, 4), np.float32)})
+
+
+def test_probe_reads_inner_tensors_and_leaves_the_graph_alone() -> None:
+    graph = graph_of("g (float[B, 2] x) => (float[B, 2] y) { a = Neg(x) y = Abs(a) }")
+    before = graph.text()
+    feeds = [{"x": np.float32([[1, -2]])}, {"x": np.float32([[3, 4], [5, 6]])}]
+    first, second = runtime.probe(graph, ["a", "y", "a"], feeds, threads=1)
+    assert list(first) == ["a", "y"]
+    np.testing.assert_array_equal(first["a"], [[-1, 2]])
+    np.testing.assert_array_equal(second["y"], [[3, 4], [5, 6]])
+    assert graph.text() == before
+
+
+def test_probe_feed_fills_in_dynamic_sizes_and_is_seeded() -> None:
+    inputs = [InputSpec("image", np.dtype(np.float32), ("N", 3, 0, "width")), InputSpec("mask", np.dtype(np.int64), (4, 2))]
+    feed = runtime.probe_feed(inputs, 5, image_size=16)
+    assert {name: (a.dtype, a.shape) for name, a in feed.items()} == {
+        "image": (np.dtype(np.float32), (5, 3, 16, 16)),
+        "mask": (np.dtype(np.int64), (4, 2)),
+    }
+    assert set(np.unique(feed["mask"])) <= {0, 1}
+    np.testing.assert_array_equal(feed["image"], runtime.probe_feed(inputs, 5, image_size=16)["image"])
+    assert not np.array_equal(feed["image"], runtime.probe_feed(inputs, 5, image_size=16, seed=1)["image"])
+
+
+def test_supports() -> None:
+    assert runtime.supports("Attention", 23) is True
+    assert runtime.supports("Attention", 22) is False, "Attention came with opset 23"
+    with pytest.raises(ValueError, match="no probe graph"):
+        runtime.supports("Relu", 23)
+
+
+def test_optimized_shows_what_the_optimizer_left() -> None:
+    model = model_of(DOUBLE_RELU)
+    left = runtime.optimized(model)
+    assert "Identity" not in [node.op_type for node in left.graph.node]
+    x = np.array([[-1, 2, -3, 4]], np.float32)
+    np.testing.assert_array_equal(run_model(left, {"x": x})[0], run_model(model, {"x": x})[0])
+
+
+@pytest.mark.parametrize(
+    ("error", "line"), [(ValueError("a\nb"), "a"), (ValueError(""), "ValueError"), (ValueError("  \n x\ny"), "x"), (KeyError(), "KeyError")]
+)
+def test_first_line(error: Exception, line: str) -> None:
+    assert runtime.first_line(error) == line

@@ -1,0 +1,60 @@
+"""What there is to choose from: passes, recipes and targets by name, and the pipeline that a choice makes."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from vitq_compiler.errors import RecipeError
+from vitq_compiler.pipeline import Pass, Pipeline
+from vitq_compiler.recipe import Recipe, load_recipe, recipe_names
+from vitq_compiler.registry import load, names
+from vitq_compiler.target import Target
+
+FRONT = "canonicalize,recover-layernorm,recover-gelu,separate-linears,fold-layer-scale,annotate"
+
+
+def find_pass(name: str) -> type[Pass]:
+    """The class of a pass.
+
+    Raises:
+        RecipeError: there is none of that name.
+    """
+    found: type[Any] = load("passes", name)
+    return found
+
+
+def pipeline_for(recipe: Recipe, target: Target, passes: str | None = None) -> Pipeline:
+    """The default pipeline of a recipe and a target, or the one written in ``passes``.
+
+    Raises:
+        RecipeError: ``passes`` cannot be read, or a pass does not find what it needs.
+    """
+    text = passes if passes is not None else ",".join((FRONT, target.rewrites, recipe.passes, target.lowering))
+    return Pipeline.parse(text, find_pass)
+
+
+def load_target(name: str) -> Target:
+    """A target by name.
+
+    Raises:
+        RecipeError: there is none of that name.
+    """
+    if name not in list_targets():
+        raise RecipeError(f"target {name!r} is unknown: known are {', '.join(list_targets())}")
+    found: Target = load("targets", name)()
+    return found
+
+
+def list_targets() -> tuple[str, ...]:
+    """Names of all targets."""
+    return names("targets")
+
+
+def list_recipes() -> list[tuple[str, str]]:
+    """Name and description of every recipe of the package."""
+    return [(name, load_recipe(name).description) for name in recipe_names()]
+
+
+def list_passes() -> list[tuple[str, str]]:
+    """Name and rewrite, ``before -> after``, of every pass."""
+    return [(name, (find_pass(name).__doc__ or "").strip().splitlines()[0]) for name in names("passes")]

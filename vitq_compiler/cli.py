@@ -1,0 +1,196 @@
+"""The command ``vitq-compile``: words in, a call of `compile`, a report out. No logic, and at import time nothing but click.
+
+Everything else is imported inside the functions that need it: ``--help`` and tab completion answer at once.
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+import sys
+import time
+from importlib import metadata
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from vitq_compiler.arguments import EPILOG, HELP, MODEL, OPTIONS
+from vitq_compiler.errors import OutputError, PassError, VitqError
+from vitq_compiler.explain import explain, printable
+
+if TYPE_CHECKING:
+    from vitq_compiler.report import CompileReport
+
+PROGRAM = "vitq-compile"
+OK, BUG, ERROR, GATE_MISSED, INTERRUPTED = 0, 1, 2, 3, 130
+STDOUT = Path("-")
+
+# The options that `compile` takes under the same name.
+SAME_NAMES: tuple[str, ...] = ("recipe", "target", "calibration", "samples", "batch_size", "preprocess", "exclude", "passes")
+SAME_NAMES += ("min_sqnr", "min_agreement", "dump_after", "seed", "threads")
+
+
+class _Command(click.Command):
+    """A command with headings in its help, and one line for every error."""
+
+    def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """Write the options, heading by heading."""
+        groups: dict[str, list[tuple[str, str]]] = {}
+        for param in self.get_params(ctx):
+            record = param.get_help_record(ctx)
+            if record is not None and isinstance(param, click.Option):
+                groups.setdefault(getattr(param, "group", "Other"), []).append(record)
+        for group, records in groups.items():
+            with formatter.section(group):
+                formatter.write_dl(records)
+
+    def main(self, *args: Any, **extra: Any) -> Any:
+        """Run, and leave with the exit code of ``--help``."""
+        for stream in (sys.stdout, sys.stderr):  # a name from the model must not fail where the locale cannot spell it
+            if hasattr(stream, "reconfigure"):
+                stream.reconfigure(errors="backslashreplace")
+        try:
+            code = super().main(*args, **{**extra, "standalone_mode": False})
+        except click.ClickException as error:
+            code = _fail(f"{error.format_message().rstrip('.')}; see {PROGRAM} --help")
+        except click.Abort:
+            code = _fail("interrupted, nothing written", INTERRUPTED, label="")
+        sys.exit(code if isinstance(code, int) else OK)
+
+    def invoke(self, ctx: click.Context) -> Any:
+        """Run the callback; what it raises becomes one line and an exit code."""
+        began = time.time()
+        try:
+            return super().invoke(ctx)
+        except (click.ClickException, click.exceptions.Exit, BrokenPipeError):
+            raise
+        except KeyboardInterrupt:
+            return _fail(_interrupted(ctx.params, began), INTERRUPTED, label="")
+        except Exception as error:
+            # A PassError wraps what a pass did not expect: the way there is worth seeing.
+            if ctx.params["verbose"] and (isinstance(error, PassError) or not isinstance(error, VitqError)):
+                import traceback
+
+                click.echo(traceback.format_exc(), err=True, nl=False)
+            if isinstance(error, VitqError):
+                return _fail(str(error))
+            if isinstance(error, OSError) and error.strerror:
+                return _fail(f"{error.filename or 'the operating system'}: {error.strerror}")
+            told = f"{type(error).__name__}: {error}".rstrip(": ")
+            hint = "" if ctx.params["verbose"] else "; please report it with what the same command prints with -v"
+            return _fail(f"{told}; this is a bug in {PROGRAM}{hint}", BUG, label="internal error: ")
+
+
+def _fail(message: str, code: int = ERROR, label: str = "error: ") -> int:
+    click.echo(f"{PROGRAM}: {label}{printable(' '.join(message.split()))}", err=True)
+    return code
+
+
+def _interrupted(given: dict[str, Any], began: float) -> str:
+    """What to say after Ctrl-C; the output appears whole, so its time tells whether it is there."""
+    output = given["output"] or (given["model"] and _default_output(given["model"]))
+    if output and output.is_file() and output.stat().st_mtime >= began:
+        return f"interrupted, {output} is already written"
+    return "interrupted, no output written" if given["dump_after"] else "interrupted, nothing written"
+
+
+def _default_output(model: Path) -> Path:
+    return model.with_name(f"{model.stem}_int8.onnx")
+
+
+def _print_version(ctx: click.Context, param: click.Parameter, given: bool) -> None:
+    if given and not ctx.resilient_parsing:
+        others = ", ".join(f"{name} {metadata.version(name)}" for name in ("onnx", "onnxruntime"))
+        click.echo(f"{PROGRAM} {metadata.version('vitq-compiler')} ({others}, Python {platform.python_version()})")
+        ctx.exit()
+
+
+def _main(**given: Any) -> int:
+    """Do what the words say; returns the exit code."""
+    if given["quiet"] and given["verbose"]:
+        raise click.UsageError("-q and -v contradict each other")
+    if (listing := _listing(given)) is not None:
+        click.echo("\n".join(listing))
+        return OK
+    if given["model"] is None:
+        raise click.UsageError("MODEL.onnx is missing")
+    output: Path = given["output"] or _default_output(given["model"])
+    _check_report(given["report"], output, given["model"])
+    return _compile(given, output)
+
+
+def _listing(given: dict[str, Any]) -> list[str] | None:
+    """The lines of an option that prints and stops, or None."""
+    if not any(given[name] for name in ("list_passes", "list_recipes", "list_targets", "print_pipeline")):
+        return None
+    from vitq_compiler import catalog
+    from vitq_compiler.recipe import load_recipe
+
+    if given["list_targets"]:
+        return list(catalog.list_targets())
+    if given["print_pipeline"]:
+        recipe = load_recipe(given["recipe"]).excluding(given["exclude"])
+        return [str(catalog.pipeline_for(recipe, catalog.load_target(given["target"]), given["passes"]))]
+    rows = catalog.list_passes() if given["list_passes"] else catalog.list_recipes()
+    width = max(len(name) for name, _ in rows)
+    return [f"{name:{width}}  {text}" for name, text in rows]
+
+
+def _check_report(report: Path | None, output: Path, model: Path) -> None:
+    """Refuse a report that cannot be written, before any work is done."""
+    if report is None or report == STDOUT:
+        return
+    if report.is_dir():
+        raise OutputError(f"report {report}: is a directory; give a file name")
+    if not report.parent.is_dir():
+        raise OutputError(f"report {report}: the folder {report.parent} does not exist; create it first")
+    if not os.access(report.parent, os.W_OK):
+        raise OutputError(f"report {report}: the folder {report.parent} is not writable; check its permissions")
+    if report.resolve() in (output.resolve(), model.resolve()):
+        raise OutputError(f"report {report}: is the model or the output; give another name")
+
+
+def _compile(given: dict[str, Any], output: Path) -> int:
+    from vitq_compiler import compiler
+    from vitq_compiler.model_io import write_text
+    from vitq_compiler.terminal import console_for, progress_on, show
+
+    json_only = given["report"] == STDOUT
+    verbosity = 0 if given["quiet"] else 2 if given["verbose"] else 1
+    with progress_on(console_for(sys.stderr), verbosity > 0) as progress:
+        same = {name: given[name] for name in SAME_NAMES}
+        report = compiler.compile(given["model"], output, **same, output_on_failure=not given["no_output_on_failure"], progress=progress)
+    if json_only:
+        click.echo(report.to_json(), nl=False)
+    elif given["report"]:
+        write_text(report.to_json(), given["report"])
+    show(report, console_for(sys.stderr if json_only else sys.stdout), verbosity, given["time_passes"])
+    if given["explain"] is not None:
+        lines = explain(report, given["explain"])
+        click.echo("\n".join(map(printable, lines if given["quiet"] else ["", *lines])), err=json_only)
+    return _judge(report, output)
+
+
+def _judge(report: CompileReport, output: Path) -> int:
+    """Say which gates were missed; returns the exit code."""
+    from vitq_compiler.terminal import gate_line
+
+    if report.passed:
+        return OK
+    written = f"{output} is written all the same" if report.output else f"{output} is not written"
+    return _fail(f"{'; '.join(gate_line(gate) for gate in report.gates if not gate.passed)}; {written}", GATE_MISSED, label="gate ")
+
+
+_VERSION = click.Option(
+    ["--version"], is_flag=True, is_eager=True, expose_value=False, callback=_print_version, help="Print the version, and stop."
+)
+
+main = _Command(
+    PROGRAM,
+    callback=_main,
+    params=[MODEL, *OPTIONS, _VERSION],
+    help=HELP,
+    epilog=EPILOG,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)

@@ -1,0 +1,177 @@
+"""The whole flow on one screen: model, recipe and data in; integer graph and report out."""
+
+from __future__ import annotations
+
+import tempfile
+import time
+from collections.abc import Sequence
+from importlib.metadata import version
+from pathlib import Path
+
+import onnx
+import onnxruntime as ort
+
+from vitq_compiler import runtime, validation
+from vitq_compiler.catalog import load_target, pipeline_for
+from vitq_compiler.data import Data, open_data
+from vitq_compiler.graph import Graph
+from vitq_compiler.model_io import check_output, convert_opset, file_bytes, read_model, write_model
+from vitq_compiler.pipeline import Compilation, Progress, silent
+from vitq_compiler.preprocess import resolve
+from vitq_compiler.quant import Edge
+from vitq_compiler.recipe import load_recipe
+from vitq_compiler.report import CompileReport, DataRow, GateRow, LinearRow, NoteRow, PassRow, Validation
+from vitq_compiler.verify import Dump, Parity, Structure
+
+PROBE_SAMPLES = 2
+
+
+def compile(
+    model: Path,
+    output: Path | None = None,
+    *,
+    recipe: str = "w8a8",
+    target: str = "onnxruntime",
+    calibration: Path | None = None,
+    samples: int = 32,
+    batch_size: int = 8,
+    preprocess: str | None = None,
+    exclude: Sequence[str] = (),
+    passes: str | None = None,
+    min_sqnr: float | None = None,
+    min_agreement: float | None = None,
+    output_on_failure: bool = True,
+    dump_after: Sequence[str] = (),
+    seed: int = 0,
+    threads: int = 0,
+    progress: Progress = silent,
+) -> CompileReport:
+    """Compile a float32 vision transformer into an integer graph and validate it.
+
+    Args:
+        model: the ONNX file; never changed.
+        output: where to write the integer graph; None writes nothing.
+        recipe: name of a recipe of the package, or a ``.toml`` file.
+        target: name of a target.
+        calibration: folder of images, ``.npz`` or ``.npy``; None takes built-in images.
+        samples: number of calibration samples.
+        batch_size: samples per run, where the model leaves it open.
+        preprocess: see `preprocess.resolve`.
+        exclude: regular expressions; matching Linear layers stay in float.
+        passes: a pipeline text instead of the recipe's and target's.
+        min_sqnr: least SQNR of any float output, in dB.
+        min_agreement: least top-1 agreement, 0 to 1.
+        output_on_failure: write the output even where one of these is missed.
+        dump_after: passes after which the graph is written beside the output.
+        seed: of the choice of samples and of the built-in images.
+        threads: runtime threads, 0 for all.
+        progress: told how far each step is.
+
+    Returns:
+        The report; ``report.passed`` says whether the gates were met.
+
+    Raises:
+        VitqError: see `errors`; nothing has been written then.
+    """
+    began = time.perf_counter()
+    model, output = Path(model), Path(output) if output is not None else None
+    plan = load_recipe(recipe).excluding(tuple(exclude))
+    chosen = load_target(target)
+    pipeline = pipeline_for(plan, chosen, passes)
+    if output is not None:
+        check_output(output, model)
+
+    progress("reading", 0, 1)
+    graph = Graph.from_proto(convert_opset(read_model(model), chosen.opset, model))
+    graph.ir_version = chosen.ir_version
+    data = open_data(calibration, graph.inputs, resolve(preprocess, model), samples=samples, batch_size=batch_size, seed=seed)
+    c = Compilation(graph, plan, chosen, data, threads=threads, progress=progress)
+    progress("reading", 1, 1)
+
+    floating = runtime.session(model, threads=threads)
+    feed = _probe_batch(graph, data)
+    parity = Parity(feed, runtime.run(floating, feed, graph.output_names), threads)
+    dump = Dump(dump_after, lambda name, proto: write_model(proto, (output or model).with_suffix(f".after-{name}.onnx")))
+    results = pipeline.run(c, (parity, Structure(), dump))
+    parity.check()
+
+    integer = c.graph.to_proto()
+    verdict, kernel_of = _judge(model, floating, integer, c, parity)
+    gates = _measure_gates(verdict, min_sqnr, min_agreement)
+    written = output if output_on_failure or all(gate.passed for gate in gates) else None
+    if written is not None:
+        write_model(integer, written)
+    return CompileReport(
+        version=version("vitq-compiler"),
+        model=str(model),
+        output=str(written) if written else None,
+        recipe=plan.name,
+        target=chosen.name,
+        pipeline=str(pipeline),
+        seconds=time.perf_counter() - began,
+        data=_describe(data),
+        passes=tuple(PassRow(r.spec, r.changes, r.seconds) for r in results),
+        linears=_linear_rows(c, kernel_of),
+        notes=tuple(NoteRow(n.stage, n.where, n.reason) for n in c.notes),
+        validation=verdict,
+        gates=gates,
+        warnings=(*data.warnings, *c.warnings),
+    )
+
+
+def _probe_batch(graph: Graph, data: Data) -> runtime.Feed:
+    """A few samples that calibration does not see, for the parity of float-exact passes and for inner comparisons."""
+    feed = next(data.validation() if data.validation_count else data.calibration())
+    fixed = any(spec.shape and isinstance(spec.shape[0], int) and spec.shape[0] > 0 for spec in graph.inputs)
+    return feed if fixed else {name: array[:PROBE_SAMPLES] for name, array in feed.items()}
+
+
+def _judge(model: Path, floating: ort.InferenceSession, integer: onnx.ModelProto, c: Compilation, parity: Parity) -> tuple[Validation, dict[str, str]]:
+    """The runtime's verdict, and the kernel that reads each weight."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "optimized.onnx"
+        quantized = runtime.session(integer, threads=c.threads, optimized_path=path)
+        kernel_of = validation.kernels(onnx.load(path, load_external_data=False))
+    unseen, count = c.data.validation(), c.data.validation_count
+    if not count:
+        unseen, count = c.data.calibration(), c.data.calibration_count
+        c.warnings.append("too few samples to keep any back: the accuracy figures are on the calibration samples themselves and flatter")
+    outputs = validation.compare_outputs(floating, quantized, unseen, count, c.progress)
+    edges = c.annotations.block_edges if parity.floating is not None else {}
+    blocks = validation.compare_blocks(parity.floating or c.graph, c.graph, edges, parity.feed, c.threads)
+    c.progress("timing", 0, 1)
+    fixed = any(isinstance(d, int) and d > 0 for d in (spec.shape[0] for spec in c.graph.inputs if spec.shape))
+    one = parity.feed if fixed else {name: array[:1] for name, array in parity.feed.items()}
+    latency = validation.time_threads(model, integer, (floating, quantized), one, c.threads)
+    c.progress("timing", 1, 1)
+    return Validation(f"onnxruntime {ort.__version__}", outputs, blocks, latency, file_bytes(model), integer.ByteSize()), kernel_of
+
+
+def _measure_gates(verdict: Validation, min_sqnr: float | None, min_agreement: float | None) -> tuple[GateRow, ...]:
+    gates = []
+    if min_sqnr is not None:
+        measured = min((o.sqnr_db for o in verdict.outputs), default=float("nan"))
+        gates.append(GateRow("min-sqnr", min_sqnr, measured, measured >= min_sqnr))
+    if min_agreement is not None:
+        measured = min((o.agreement for o in verdict.outputs if o.agreement is not None), default=float("nan"))
+        gates.append(GateRow("min-agreement", min_agreement, measured, measured >= min_agreement))
+    return tuple(gates)
+
+
+def _describe(data: Data) -> DataRow:
+    preprocess = data.preprocess.source if data.preprocess is not None else "none: arrays are fed as they are"
+    return DataRow(data.description, preprocess, data.calibration_count, data.validation_count, tuple(data.skipped))
+
+
+def _linear_rows(c: Compilation, kernel_of: dict[str, str]) -> tuple[LinearRow, ...]:
+    rows = []
+    reasons = {note.where: note.reason for note in c.notes}
+    for linear in c.annotations.linears:
+        codes = c.codes.get(Edge(linear.name, 1))
+        kernel = kernel_of.get(codes or linear.weight.name, "")
+        integer = codes is not None and kernel in c.target.integer_kernels
+        reason = "" if integer else reasons.get(linear.name, "") if codes is None else f"the runtime computes it with {kernel or 'another operator'}"
+        scope = c.graph.scope(linear.matmul)
+        size = (linear.in_features, linear.out_features)
+        rows.append(LinearRow(linear.name, scope, linear.role, linear.block, *size, codes is not None, kernel, integer, reason))
+    return tuple(rows)

@@ -1,0 +1,90 @@
+"""Why a layer is what it is: the rows of a report that a pattern finds, in sentences."""
+
+from __future__ import annotations
+
+import re
+from typing import TYPE_CHECKING
+
+from vitq_compiler.errors import RecipeError
+
+if TYPE_CHECKING:
+    from vitq_compiler.report import CompileReport, LinearRow, NoteRow
+
+
+def explain(report: CompileReport, pattern: str) -> list[str]:
+    """What was found, what was quantized, and for what was not the exact reason.
+
+    Args:
+        report: a finished compile.
+        pattern: regular expression; searched for in the node name, scope, block and role of every Linear, and in the place
+            of every note.
+
+    Returns:
+        One line each. Where nothing is found, the blocks and roles there are.
+
+    Raises:
+        RecipeError: ``pattern`` is not a regular expression.
+    """
+    regex = read_pattern(pattern)
+    linears = [(row, fields) for row in report.linears if (fields := _matching_fields(regex, row))]
+    known = {row.name for row, _ in linears}
+    notes = [note for note in report.notes if note.where not in known and regex.search(note.where)]
+    if not linears and not notes:
+        return _nothing(report, pattern)
+    lines = [f"{pattern!r} finds {_count(len(linears), 'Linear layer')}" + (f" and {_count(len(notes), 'other place')}" if notes else "")]
+    for row, fields in linears:
+        lines += _about(row, fields, [note for note in report.notes if note.where == row.name])
+    lines += [f"{note.where}: {note.stage} says: {note.reason}" for note in notes]
+    return lines
+
+
+def read_pattern(pattern: str) -> re.Pattern[str]:
+    """The compiled pattern, so that a typo is found before a compile and not after it.
+
+    Raises:
+        RecipeError: it is not a regular expression.
+    """
+    try:
+        return re.compile(pattern)
+    except re.error as error:
+        raise RecipeError(
+            f"{pattern!r} is not a regular expression: {error}; put a backslash before a sign that is meant literally"
+        ) from None
+
+
+def printable(text: str) -> str:
+    """The text with what cannot be printed spelled out: names come from the model file, and may hold control characters."""
+    return "".join(sign if sign.isprintable() else ascii(sign)[1:-1] for sign in text)
+
+
+def _matching_fields(regex: re.Pattern[str], row: LinearRow) -> list[str]:
+    fields = {"name": row.name, "scope": row.scope, "block": row.block, "role": row.role}
+    return [name for name, text in fields.items() if text and regex.search(text)]
+
+
+def _about(row: LinearRow, fields: list[str], notes: list[NoteRow]) -> list[str]:
+    place = f"{row.role} of {row.block}" if row.block else f"{row.role}, outside the blocks"
+    lines = [f"{row.name}: {place}, {row.in_features} x {row.out_features}" + (f", from {row.scope}" if row.scope else "")]
+    lines.append(f"  found by its {' and '.join(fields)}")
+    if not row.quantized:
+        lines.append(f"  stays in float: {row.reason or 'no pass says why'}")
+    elif row.integer:
+        lines.append(f"  weight and activation are quantized, and {row.kernel or 'the runtime'} computes on integers")
+    else:
+        lines.append(f"  weight and activation are quantized, but the runtime computes in float: {row.reason or 'it does not say why'}")
+    lines += [f"  {note.stage} says: {note.reason}" for note in notes if note.reason != row.reason]
+    return lines
+
+
+def _nothing(report: CompileReport, pattern: str) -> list[str]:
+    blocks = dict.fromkeys([row.block for row in report.linears if row.block] + [row.name for row in report.validation.blocks])
+    roles = dict.fromkeys(row.role for row in report.linears)
+    return [
+        f"{pattern!r} finds nothing: no node name, scope, block or role of a Linear layer, and no note",
+        f"  the blocks are: {', '.join(blocks) or 'none'}",
+        f"  the roles are: {', '.join(roles) or 'none'}",
+    ]
+
+
+def _count(number: int, thing: str) -> str:
+    return f"{number} {thing}{'' if number == 1 else 's'}"

@@ -1,0 +1,189 @@
+"""The report of one compile: typed rows, as JSON. What a user is told, and nothing else, is in here."""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import asdict, dataclass
+from typing import Any
+
+
+@dataclass(frozen=True)
+class PassRow:
+    """One pass: its text, how many changes it made, and how long it took."""
+
+    spec: str
+    changes: int
+    seconds: float
+
+
+@dataclass(frozen=True)
+class LinearRow:
+    """One Linear layer (or patch embedding).
+
+    Attributes:
+        name: its node in the compiled graph.
+        scope: the module it came from, where the exporter recorded it.
+        role: what it does: qkv, proj, fc1, fc2, head, linear, patch_embed.
+        block: its block, such as ``attention 3``.
+        in_features, out_features: its size.
+        quantized: whether weight and activation are integers in the output.
+        kernel: the runtime's operator that computes it, such as QGemm; empty where unknown.
+        integer: whether that operator computes on integers.
+        reason: why it is not quantized, or not computed on integers.
+    """
+
+    name: str
+    scope: str
+    role: str
+    block: str
+    in_features: int
+    out_features: int
+    quantized: bool
+    kernel: str
+    integer: bool
+    reason: str
+
+
+@dataclass(frozen=True)
+class NoteRow:
+    """Something left alone: by which pass, where, and why."""
+
+    stage: str
+    where: str
+    reason: str
+
+
+@dataclass(frozen=True)
+class DataRow:
+    """What the compiler saw: source of the samples, preprocessing and why, counts, and files that could not be read."""
+
+    source: str
+    preprocess: str
+    calibration_samples: int
+    validation_samples: int
+    skipped: tuple[tuple[str, str], ...]
+
+
+@dataclass(frozen=True)
+class OutputRow:
+    """One output of the integer graph against the float one, on samples that calibration did not see.
+
+    Attributes:
+        name: the output.
+        sqnr_db: 10 log10(sum y^2 / sum (y - y_int)^2); infinite where equal.
+        cosine: cosine similarity of the flattened outputs.
+        agreement: part of samples with the same top-1, or None where the output does not look like logits or class ids.
+    """
+
+    name: str
+    sqnr_db: float
+    cosine: float
+    agreement: float | None
+
+
+@dataclass(frozen=True)
+class LatencyRow:
+    """Paired timing in one process: medians in milliseconds, ratio = median of the paired ratios int / float."""
+
+    threads: int
+    batch: int
+    float_ms: float
+    integer_ms: float
+    ratio: float
+
+
+@dataclass(frozen=True)
+class BlockRow:
+    """SQNR of what one block adds to the residual stream."""
+
+    name: str
+    sqnr_db: float
+
+
+@dataclass(frozen=True)
+class GateRow:
+    """A requirement the user set: ``required`` and ``measured`` in its own unit."""
+
+    name: str
+    required: float
+    measured: float
+    passed: bool
+
+
+@dataclass(frozen=True)
+class Validation:
+    """What ONNX Runtime says of the integer graph."""
+
+    runtime: str
+    outputs: tuple[OutputRow, ...]
+    blocks: tuple[BlockRow, ...]
+    latency: tuple[LatencyRow, ...]
+    float_bytes: int
+    integer_bytes: int
+
+    @property
+    def worst_block(self) -> BlockRow | None:
+        """The block with the lowest SQNR."""
+        return min(self.blocks, key=lambda b: b.sqnr_db, default=None)
+
+
+@dataclass(frozen=True)
+class CompileReport:
+    """Everything about one compile."""
+
+    version: str
+    model: str
+    output: str | None
+    recipe: str
+    target: str
+    pipeline: str
+    seconds: float
+    data: DataRow
+    passes: tuple[PassRow, ...]
+    linears: tuple[LinearRow, ...]
+    notes: tuple[NoteRow, ...]
+    validation: Validation
+    gates: tuple[GateRow, ...]
+    warnings: tuple[str, ...]
+
+    @property
+    def quantized(self) -> int:
+        """How many Linear layers are quantized."""
+        return sum(row.quantized for row in self.linears)
+
+    @property
+    def integer(self) -> int:
+        """How many Linear layers the runtime executes in integer kernels."""
+        return sum(row.integer for row in self.linears)
+
+    @property
+    def passed(self) -> bool:
+        """Whether every gate is met."""
+        return all(gate.passed for gate in self.gates)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The report as plain values, with its totals; an infinite or undefined number becomes None."""
+        worst = self.validation.worst_block
+        totals = {
+            "linears": len(self.linears),
+            "quantized": self.quantized,
+            "integer": self.integer,
+            "worst_block": asdict(worst) if worst else None,
+            "passed": self.passed,
+        }
+        return _plain({**asdict(self), "totals": totals})  # type: ignore[no-any-return]
+
+    def to_json(self) -> str:
+        """`to_dict` as text."""
+        return json.dumps(self.to_dict(), indent=2, ensure_ascii=False) + "\n"
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(item) for item in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return value

@@ -1,0 +1,284 @@
+"""What a compile looks like on a terminal or in a log: the summary, its tables, and progress.
+
+All text goes through `rich.text.Text`, never through markup: node names and reasons hold brackets. A file or a pipe gets
+plain text, 100 columns wide, so that a log does not depend on the window it was started from.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from itertools import groupby
+from typing import IO, TYPE_CHECKING
+
+from rich import box
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, TaskID, TextColumn, TimeElapsedColumn
+from rich.progress import Progress as Bars
+from rich.table import Table
+from rich.text import Text
+
+from vitq_compiler.explain import printable
+from vitq_compiler.pipeline import silent
+
+if TYPE_CHECKING:
+    from vitq_compiler.pipeline import Progress
+    from vitq_compiler.report import CompileReport, GateRow, LatencyRow, LinearRow
+
+LOG_COLUMNS = 100
+FIRST_NAMES = 5  # shown of a list unless all are asked for
+SHORT_CELL = 16
+LOG_SECONDS = 5.0
+LOG_FRACTION = 0.1
+REFRESH_SECONDS = 0.1
+
+
+def console_for(stream: IO[str]) -> Console:
+    """A console that draws on a terminal and writes plain text elsewhere, whatever the environment says."""
+    if stream.isatty():
+        return Console(file=stream, markup=False, highlight=False, emoji=False)
+    # Said outright, so that neither FORCE_COLOR nor COLUMNS puts control characters or other widths into a log.
+    return Console(
+        file=stream,
+        width=LOG_COLUMNS,
+        force_terminal=False,
+        force_jupyter=False,
+        legacy_windows=False,
+        no_color=True,
+        markup=False,
+        highlight=False,
+        emoji=False,
+    )
+
+
+def show(report: CompileReport, console: Console, verbosity: int = 1, time_passes: bool = False) -> None:
+    """Print the summary of a compile.
+
+    Args:
+        report: what to tell.
+        console: where; see `console_for`.
+        verbosity: 0 only what is asked for (``time_passes``), 1 the summary, 2 every pass, Linear and note.
+        time_passes: the table of passes with their seconds.
+    """
+    if verbosity:
+        output = f"-> {report.output}" if report.output else "(no output written)"
+        # Paths are not wrapped: a broken one cannot be copied.
+        console.print(_text(f"{report.model} {output}", "bold"), soft_wrap=True)
+        _show_summary(report, console, verbosity)
+    if verbosity > 1:
+        _show_details(report, console)
+    if verbosity > 1 or time_passes:
+        _show_passes(report, console)
+    if verbosity:
+        _say(console, [(f"warning: {warning}", "yellow") for warning in report.warnings])
+
+
+def gate_line(gate: GateRow) -> str:
+    """One requirement and what was measured, such as ``min-sqnr missed: 28.10 dB measured, 30.00 dB required``."""
+    shown = _decibels if "sqnr" in gate.name else _percent if "agreement" in gate.name else _number
+    return f"{gate.name} {'met' if gate.passed else 'missed'}: {shown(gate.measured)} measured, {shown(gate.required)} required"
+
+
+@contextmanager
+def progress_on(console: Console, visible: bool = True) -> Iterator[Progress]:
+    """Progress for one compile: bars that vanish afterwards on a terminal, else a line now and then."""
+    if not visible:
+        yield silent
+        return
+    if not console.is_terminal or console.is_dumb_terminal:
+        yield _log_progress(console)
+        return
+    # No refreshing thread: it would take time from the latency measurement.
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    with Bars(*columns, console=console, transient=True, auto_refresh=False) as bars:
+        yield _bar_progress(bars)
+
+
+def _bar_progress(bars: Bars) -> Progress:
+    tasks: dict[str, TaskID] = {}
+    drawn = -math.inf
+
+    def progress(step: str, done: int, total: int) -> None:
+        nonlocal drawn
+        appears = step not in tasks
+        if appears:
+            tasks[step] = bars.add_task(step, total=total)
+        bars.update(tasks[step], completed=done, total=total, visible=done < total)
+        if appears or time.monotonic() - drawn >= REFRESH_SECONDS:
+            drawn = time.monotonic()
+            bars.refresh()
+
+    return progress
+
+
+def _log_progress(console: Console) -> Progress:
+    last: dict[str, tuple[float, float]] = {}  # step -> when it last wrote a line, and the fraction done then
+
+    def progress(step: str, done: int, total: int) -> None:
+        now, fraction = time.monotonic(), done / total if total else 1.0
+        wrote, before = last.setdefault(step, (now, 0.0))
+        if fraction < before:  # the step runs again
+            wrote, before = last[step] = (now, fraction)
+        ends = done >= total and before < 1.0
+        is_due = now - wrote >= LOG_SECONDS and fraction - before >= LOG_FRACTION
+        text = f"{step}: {done} of {total}" if ends or is_due else ""
+        if total <= 1:
+            text = "" if done else step  # it has no middle: said once, when it begins
+        if text:
+            last[step] = (now, fraction)
+            console.print(_text(text))
+
+    return progress
+
+
+def _show_summary(report: CompileReport, console: Console, verbosity: int) -> None:
+    checked, data, worst = report.validation, report.data, report.validation.worst_block
+    linears, before, after = len(report.linears), checked.float_bytes, checked.integer_bytes
+    kernels = f"{report.integer} of {linears} in integer kernels ({checked.runtime})"
+    skipped = [f"{name} ({reason})" for name, reason in data.skipped]
+    rows = {
+        "Linear layers": f"{linears} found, {report.quantized} quantized, {kernels}",
+        "Worst block": f"{worst.name}, SQNR {_decibels(worst.sqnr_db)}" if worst else "",
+        "Size": f"{_size(before)} -> {_size(after)}, {_ratio(after, before, 'smaller', 'larger')}",
+        "Calibration": f"{data.source}; validated on {data.validation_samples} others" if data.validation_samples else data.source,
+        "Skipped": _names(skipped, verbosity) if skipped else "",
+        "Preprocessing": data.preprocess,
+        "Recipe": f"{report.recipe} for {report.target}, compiled in {report.seconds:.1f} s",
+    }
+    facts = Table(box=None, show_header=False, pad_edge=False)
+    facts.add_column(style="dim", no_wrap=True)
+    facts.add_column(overflow="fold")
+    for name, text in rows.items():
+        if text:
+            facts.add_row(_text(name), _text(text))
+    _put(console, facts)
+    _table(
+        console,
+        ("Output", "SQNR", "cosine", "agreement"),
+        [
+            (o.name, _decibels(o.sqnr_db), _number(o.cosine, 6), "-" if o.agreement is None else _percent(o.agreement))
+            for o in checked.outputs
+        ],
+    )
+    _table(console, ("Threads", "batch", "float ms", "int8 ms", "ratio", ""), [_latency(row) for row in checked.latency], words=(5,))
+    _say(console, [(f"gate {gate_line(gate)}", "green" if gate.passed else "bold red") for gate in report.gates])
+    _say(
+        console,
+        [
+            (f"{state}, {len(names)} of {linears}: {_names(names, verbosity)} ({reason})", "")
+            for state, reason, names in _left_out(report.linears)
+        ],
+    )
+
+
+def _show_details(report: CompileReport, console: Console) -> None:
+    _table(
+        console,
+        ("Linear layer", "role", "block", "size", "kernel", "int8"),
+        [(r.name, r.role, r.block or "-", f"{r.in_features} x {r.out_features}", r.kernel or "-", _state(r)) for r in report.linears],
+        words=(0, 1, 2, 4, 5),
+    )
+    _table(console, ("Block", "SQNR"), [(b.name, _decibels(b.sqnr_db)) for b in report.validation.blocks])
+    _table(console, ("Left alone by", "where", "why"), [(n.stage, n.where, n.reason) for n in report.notes], words=(0, 1, 2))
+    console.print()
+    console.print(_text(f"pipeline: {report.pipeline}"), soft_wrap=True)  # to be copied
+
+
+def _show_passes(report: CompileReport, console: Console) -> None:
+    total = sum(row.seconds for row in report.passes)
+    rows = [(row.spec, str(row.changes), f"{row.seconds:.3f}", _percent(row.seconds / total if total else 0.0, 0)) for row in report.passes]
+    rows.append(("all passes", str(sum(row.changes for row in report.passes)), f"{total:.3f}", ""))
+    _table(console, ("Pass", "changes", "seconds", "share"), rows)
+
+
+def _left_out(linears: Iterable[LinearRow]) -> list[tuple[str, str, list[str]]]:
+    """Linear layers that are not computed on integers: their state, why, and their names; the most frequent reason first."""
+
+    def why(row: LinearRow) -> tuple[str, str]:
+        return "Quantized but computed in float" if row.quantized else "Not quantized", row.reason or "no reason given"
+
+    left = sorted((row for row in linears if not (row.quantized and row.integer)), key=why)  # stable: names keep graph order
+    groups = [(*reason, [row.name for row in rows]) for reason, rows in groupby(left, why)]
+    return sorted(groups, key=lambda group: -len(group[2]))
+
+
+def _state(row: LinearRow) -> str:
+    return "yes" if row.quantized and row.integer else "weights only" if row.quantized else "no"
+
+
+def _table(console: Console, header: Sequence[str], rows: Sequence[Sequence[str]], words: Sequence[int] = (0,)) -> None:
+    """A table after an empty line, or nothing where it has no rows; the columns in ``words`` go left, numbers right."""
+    if not rows:
+        return
+    # Plain ASCII rules off a terminal: a log may be read in any encoding.
+    table = Table(box=box.SIMPLE_HEAD if console.is_terminal else box.ASCII2, show_edge=False, pad_edge=False)
+    for index, (name, *cells) in enumerate(zip(header, *rows, strict=True)):
+        is_short = max(map(len, cells)) <= SHORT_CELL  # only long names and sentences give way in a narrow window
+        table.add_column(_text(name), justify="left" if index in words else "right", overflow="fold", no_wrap=is_short)
+    for row in rows:
+        table.add_row(*map(_text, row))
+    console.print()
+    _put(console, table)
+
+
+def _put(console: Console, table: Table) -> None:
+    """Print a table, in a log without the blanks that fill its lines up."""
+    if console.is_terminal:
+        console.print(table)
+        return
+    with console.capture() as captured:
+        console.print(table)
+    for line in captured.get().splitlines():
+        console.print(Text(line.rstrip()), soft_wrap=True)
+
+
+def _say(console: Console, lines: Sequence[tuple[str, str]]) -> None:
+    """Lines of text and style after an empty line; one line each in a log, where they are searched and not read in a row."""
+    if lines:
+        console.print()
+    for text, style in lines:
+        console.print(_text(text, style), soft_wrap=not console.is_terminal)
+
+
+def _latency(row: LatencyRow) -> tuple[str, ...]:
+    ratio = _ratio(row.ratio, 1.0, "faster", "slower")
+    return (str(row.threads or "all"), str(row.batch), _number(row.float_ms, 3), _number(row.integer_ms, 3), _number(row.ratio, 3), ratio)
+
+
+def _ratio(new: float, old: float, better: str, worse: str) -> str:
+    """``new`` against ``old``, both better when small, such as ``3.10x smaller``."""
+    if not (math.isfinite(new) and math.isfinite(old) and new > 0 and old > 0):
+        return "no ratio"
+    return f"{old / new:.2f}x {better}" if new <= old else f"{new / old:.2f}x {worse}"
+
+
+def _names(names: Sequence[str], verbosity: int) -> str:
+    shown = names if verbosity > 1 else names[:FIRST_NAMES]
+    more = len(names) - len(shown)
+    return ", ".join(shown) + (f" and {more} more (-v shows all)" if more else "")
+
+
+def _number(value: float, digits: int = 2) -> str:
+    return "undefined" if math.isnan(value) else f"{value:.{digits}f}"
+
+
+def _decibels(value: float) -> str:
+    return f"{_number(value)} dB" if math.isfinite(value) else "undefined" if math.isnan(value) else "exact" if value > 0 else "-inf dB"
+
+
+def _percent(value: float, digits: int = 2) -> str:
+    return "undefined" if math.isnan(value) else f"{value * 100:.{digits}f} %"
+
+
+def _size(count: int) -> str:
+    for unit, size in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
+        if count >= size:
+            return f"{count / size:.2f} {unit}"
+    return f"{count} bytes"
+
+
+def _text(text: str, style: str = "") -> Text:
+    """Text without markup."""
+    return Text(printable(text), style=style)

@@ -1,0 +1,108 @@
+"""The hooks that run around passes: structure, parity of float-exact passes, dumps."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+import onnx
+
+from vitq_compiler.errors import InvariantError, TargetError
+from vitq_compiler.graph import Array, Graph
+from vitq_compiler.metrics import max_relative_error
+from vitq_compiler.pipeline import Compilation, Fact, Pass, PassResult
+from vitq_compiler.runtime import Feed, first_line, run, session
+
+TOLERANCE = 1e-4  # of the largest output, METHODS of exact rewrites in float32
+
+
+@dataclass
+class Parity:
+    """Holds every run of float-exact passes to the outputs of the original model on a probe batch.
+
+    One check serves a run of exact passes; where it fails, the graph after each of them is checked to name the culprit.
+
+    Attributes:
+        feed: the probe batch.
+        reference: outputs of the original model on it, in the order of the graph's outputs.
+        floating: the last graph before quantization, for comparisons of inner tensors.
+    """
+
+    feed: Feed
+    reference: Sequence[Array]
+    threads: int = 0
+    floating: Graph | None = None
+    _pending: list[tuple[str, Graph]] = field(default_factory=list)
+
+    def before(self, p: Pass, c: Compilation) -> None:
+        """Check what has been done when float-exact passes end."""
+        if not p.exact:
+            self.check()
+        if Fact.QUANTIZED in p.provides:
+            self.floating = c.graph.snapshot()
+
+    def after(self, p: Pass, c: Compilation, result: PassResult) -> None:
+        """Remember the graph after an exact pass that changed something."""
+        if p.exact and result.changes:
+            self._pending.append((p.name, c.graph.snapshot()))
+
+    def check(self) -> None:
+        """Compare now.
+
+        Raises:
+            InvariantError: a pass that promised to keep the outputs did not.
+        """
+        pending, self._pending = self._pending, []
+        if not pending or self._fault(pending[-1][1]) is None:
+            return
+        for name, graph in pending:
+            if (fault := self._fault(graph)) is not None:
+                raise InvariantError(f"pass {name} changed the float outputs ({fault}); leave it out with --passes, and please report the model")
+
+    def _fault(self, graph: Graph) -> str | None:
+        try:
+            outputs = run(session(graph.to_proto(), threads=self.threads), self.feed)
+        except TargetError as error:
+            return str(error)
+        errors = [max_relative_error(a, b) for a, b in zip(self.reference, outputs, strict=True) if a.dtype.kind == "f"]
+        worst = max(errors, default=0.0)
+        return f"largest difference {worst:.1e} of the largest output, allowed {TOLERANCE:.0e}" if worst > TOLERANCE else None
+
+
+@dataclass
+class Structure:
+    """Holds the final graph to the ONNX checker."""
+
+    def before(self, p: Pass, c: Compilation) -> None:
+        """Nothing to do."""
+
+    def after(self, p: Pass, c: Compilation, result: PassResult) -> None:
+        """Check the lowered graph.
+
+        Raises:
+            InvariantError: it is not valid ONNX.
+        """
+        if Fact.LEGAL not in p.provides:
+            return
+        model = c.graph.to_proto()
+        try:
+            if model.ByteSize() < onnx.checker.MAXIMUM_PROTOBUF:
+                onnx.checker.check_model(model)
+        except onnx.checker.ValidationError as error:
+            raise InvariantError(f"pass {p.name} left a graph that is not valid ONNX: {first_line(error)}") from error
+
+
+@dataclass
+class Dump:
+    """Writes the graph after the named passes."""
+
+    names: Sequence[str]
+    write: Callable[[str, onnx.ModelProto], None]
+
+    def before(self, p: Pass, c: Compilation) -> None:
+        """Nothing to do."""
+
+    def after(self, p: Pass, c: Compilation, result: PassResult) -> None:
+        """Write if the pass is named."""
+        if p.name in self.names:
+            self.write(p.name, c.graph.to_proto())
