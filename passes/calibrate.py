@@ -1,4 +1,4 @@
-"""Calibration data -> the range of every activation that is to be quantized, per channel."""
+"""Calibration data -> the statistics of every activation that is to be quantized, per channel."""
 
 from __future__ import annotations
 

@@ -23,7 +23,7 @@ class ComputeQparams(Pass):
         for edge, spec in c.specs.items():
             node = c.graph.node(edge.node)
             if edge.index == 0:
-                seen = c.table.ranges[node.inputs[0].name]
+                seen = c.table.statistics[node.inputs[0].name]
                 c.params[edge] = from_range(seen.low.min(), seen.high.max(), spec)
             else:
                 c.params[edge] = weight_params(node, spec)

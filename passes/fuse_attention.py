@@ -13,8 +13,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from vitq_compiler.blocks.attention import Attention
-from vitq_compiler.graph import Graph, Tensor, readers, value
+from vitq_compiler.blocks.attention import Attention, feeds_only
+from vitq_compiler.graph import Graph, Tensor, value
 from vitq_compiler.pattern import MatchFailure
 from vitq_compiler.pipeline import Compilation, Fact, Pass
 from vitq_compiler.runtime import supports
@@ -61,6 +61,7 @@ def _fuse(graph: Graph, attention: Attention) -> None:
         scale=float(attention.scale),
     )
     attention.proj.matmul.inputs[0] = output
+    attention.fused = output.inputs[0]
 
 
 def _operands(graph: Graph, attention: Attention) -> list[Tensor]:
@@ -72,11 +73,14 @@ def _operands(graph: Graph, attention: Attention) -> list[Tensor]:
         if len(columns) != linear.out_features or len(np.unique(columns)) != len(columns):
             raise MatchFailure(f"{linear.name} has {linear.out_features} output features, of which {len(np.unique(columns))} are used")
         if not np.array_equal(columns, np.arange(len(columns))):
-            if not _feeds_only(graph, linear.output, attention):
+            if not feeds_only(graph, linear.output, attention):
                 raise MatchFailure(f"{linear.name} is read by more than this attention, so its features cannot be reordered")
             linear.weight.values = value(linear.weight)[:, columns]
             if linear.bias is not None:
                 linear.bias.values = value(linear.bias)[columns]
+        ends = np.cumsum([len(view.columns) for view in mine])
+        for view, end in zip(mine, ends, strict=True):
+            view.columns = np.arange(end - len(view.columns), end)
         parts: list[Tensor] = [linear.output]
         if len(mine) > 1:
             sizes = graph.constant(f"{linear.name}/sizes", np.array([len(view.columns) for view in mine], np.int64))
@@ -85,18 +89,3 @@ def _operands(graph: Graph, attention: Attention) -> list[Tensor]:
         found.update({id(view): part for view, part in zip(mine, parts, strict=True)})
     return [found[id(view)] for view in views]
 
-
-def _feeds_only(graph: Graph, tensor: Tensor, attention: Attention) -> bool:
-    """Whether everything computed from ``tensor``, up to the attention's products, stays inside it."""
-    stack, ends = [tensor], (attention.scores, attention.context)
-    while stack:
-        current = stack.pop()
-        if graph.is_output(current):
-            return False
-        for node in readers(current):
-            if any(node is end for end in ends):
-                continue
-            if node.op in ("Add", "MatMul", "Softmax", "LayerNormalization"):
-                return False
-            stack.extend(node.outputs)
-    return True

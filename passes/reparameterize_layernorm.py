@@ -16,8 +16,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from vitq_compiler.blocks.linear import Linear, sole_readers
-from vitq_compiler.calibration import ChannelRange
+from vitq_compiler.blocks.linear import Linear, add_to_bias, sole_readers
+from vitq_compiler.calibration import ChannelStatistics
 from vitq_compiler.graph import Graph, Node, value
 from vitq_compiler.pattern import MatchFailure
 from vitq_compiler.pipeline import Compilation, Fact, Pass
@@ -51,13 +51,13 @@ class ReparameterizeLayernorm(Pass):
                 self.note(c, node.name, f"LayerNormalization keeps its ranges: {failure.reason}")
                 continue
             name = node.outputs[0].name
-            shift, scale = self.factors(c.table.ranges[name])
+            shift, scale = self.factors(c.table.statistics[name])
             fold(c.graph, node, linears, shift, scale)
             c.table.rescale(name, scale, shift)
             changes += 1
         return changes
 
-    def factors(self, seen: ChannelRange) -> tuple[np.ndarray, np.ndarray]:
+    def factors(self, seen: ChannelStatistics) -> tuple[np.ndarray, np.ndarray]:
         """(s r2, r1), float32 of shape [channels] each, for the observed channel ranges."""
         width = np.asarray(seen.high, np.float64) - seen.low
         step = np.maximum(width, DEAD * max(float(np.median(width)), 1e-12)) / CODES
@@ -91,15 +91,3 @@ def fold(graph: Graph, node: Node, linears: list[Linear], shift: np.ndarray, sca
         offset = -(shift.astype(np.float64) @ weight.astype(np.float64))
         linear.weight.values = weight * scale[:, None]
         add_to_bias(graph, linear, offset)
-
-
-def add_to_bias(graph: Graph, linear: Linear, offset: np.ndarray) -> None:
-    """Add ``offset`` [out_features] to the bias, which is created where the Linear has none."""
-    if linear.bias is not None:
-        linear.bias.values = (value(linear.bias) + offset).astype(np.float32)
-        return
-    product = linear.matmul.outputs[0]
-    bias = graph.constant(f"{linear.name}/bias", offset.astype(np.float32))
-    total = graph.insert("Add", [product, bias], name=f"{linear.name}/add", like=product)
-    linear.add = total.inputs[0]
-    graph.replace(product, total, only=lambda n: n is not linear.add)

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from tests.builders import Feed, compilation, graph_of, vit
-from vitq_compiler.calibration import CalibrationTable, ChannelRange, collect
+from vitq_compiler.calibration import CalibrationTable, ChannelStatistics, collect
 from vitq_compiler.errors import ModelError
 from vitq_compiler.graph import Graph
 from vitq_compiler.pipeline import silent
@@ -30,25 +30,26 @@ def test_ranges_are_those_of_numpy(axis: int) -> None:
     table = gather(graph_of(TEXT, w=W), {"a": axis}, feeds)
     values = [feed["x"] * W for feed in feeds]
     others = tuple(i for i in range(3) if i != axis % 3)
-    np.testing.assert_array_equal(table.ranges["a"].low, np.min([v.min(others) for v in values], 0))
-    np.testing.assert_array_equal(table.ranges["a"].high, np.max([v.max(others) for v in values], 0))
+    np.testing.assert_array_equal(table.statistics["a"].low, np.min([v.min(others) for v in values], 0))
+    np.testing.assert_array_equal(table.statistics["a"].high, np.max([v.max(others) for v in values], 0))
+    np.testing.assert_allclose(table.statistics["a"].mean, np.mean([v.mean(others) for v in values], 0), rtol=1e-5)
     assert table.samples == 6
 
 
 def test_several_tensors_inputs_and_outputs_too() -> None:
     feeds = batches()
     table = gather(graph_of(TEXT, w=W), {"x": -1, "a": 1, "y": 2}, feeds)
-    assert set(table.ranges) == {"x", "a", "y"}
-    assert table.ranges["a"].low.shape == (3,)
-    np.testing.assert_array_equal(table.ranges["x"].high, np.concatenate([f["x"] for f in feeds]).max((0, 1)))
-    np.testing.assert_array_equal(table.ranges["y"].low, np.concatenate([-f["x"] * W for f in feeds]).min((0, 1)))
+    assert set(table.statistics) == {"x", "a", "y"}
+    assert table.statistics["a"].low.shape == (3,)
+    np.testing.assert_array_equal(table.statistics["x"].high, np.concatenate([f["x"] for f in feeds]).max((0, 1)))
+    np.testing.assert_array_equal(table.statistics["y"].low, np.concatenate([-f["x"] * W for f in feeds]).min((0, 1)))
 
 
 def test_images_are_reduced_per_colour() -> None:
     graph = graph_of("g (float[B, 3, 4, 4] x) => (float[B, 3, 4, 4] y) { y = Relu(x) }")
     feeds = batches(2, (5, 3, 4, 4))
     table = gather(graph, {"x": 1}, feeds)
-    np.testing.assert_array_equal(table.ranges["x"].low, np.concatenate([f["x"] for f in feeds]).min((0, 2, 3)))
+    np.testing.assert_array_equal(table.statistics["x"].low, np.concatenate([f["x"] for f in feeds]).min((0, 2, 3)))
 
 
 def test_a_matrix_of_one_row_per_image() -> None:
@@ -69,8 +70,8 @@ def test_the_order_of_batches_does_not_matter() -> None:
     feeds = [{"image": np.random.default_rng(seed).normal(size=(2, 3, 8, 8)).astype(np.float32)} for seed in range(3)]
     name = graph.find("LayerNormalization")[0].outputs[0].name
     one, other = gather(graph, {name: -1}, feeds), gather(graph, {name: -1}, feeds[::-1])
-    np.testing.assert_array_equal(one.ranges[name].low, other.ranges[name].low)
-    assert (one.ranges[name].low < one.ranges[name].high).all()
+    np.testing.assert_array_equal(one.statistics[name].low, other.statistics[name].low)
+    assert (one.statistics[name].low < one.statistics[name].high).all()
 
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
@@ -96,12 +97,18 @@ def test_progress_and_laziness() -> None:
     assert asked == [0, 1, 2]
 
 
+def statistics(low: list[float], high: list[float], mean: list[float]) -> ChannelStatistics:
+    return ChannelStatistics(*(np.array(x, np.float32) for x in (low, high, mean)))
+
+
 def test_merge_and_update() -> None:
     table = CalibrationTable()
-    table.update("t", ChannelRange(np.float32([-1, 0]), np.float32([1, 5])))
-    table.update("t", ChannelRange(np.float32([0, -3]), np.float32([2, 4])))
-    np.testing.assert_array_equal(table.ranges["t"].low, [-1, -3])
-    np.testing.assert_array_equal(table.ranges["t"].high, [2, 5])
+    table.update("t", statistics([-1, 0], [1, 5], [0, 3]))
+    table.update("t", statistics([0, -3], [2, 4], [1, 0]))
+    table.update("t", statistics([0, 0], [0, 0], [0.5, 6]))
+    np.testing.assert_array_equal(table.statistics["t"].low, [-1, -3])
+    np.testing.assert_array_equal(table.statistics["t"].high, [2, 5])
+    np.testing.assert_allclose(table.statistics["t"].mean, [0.5, 3], rtol=1e-6)
 
 
 def test_rescale_follows_the_rewrite() -> None:
@@ -109,5 +116,6 @@ def test_rescale_follows_the_rewrite() -> None:
     feeds = batches()
     table = gather(graph, {"x": -1, "y": -1}, feeds)
     table.rescale("x", np.abs(W) + 1, W)
-    np.testing.assert_allclose(table.ranges["x"].low, table.ranges["y"].low, rtol=1e-6)
-    np.testing.assert_allclose(table.ranges["x"].high, table.ranges["y"].high, rtol=1e-6)
+    np.testing.assert_allclose(table.statistics["x"].low, table.statistics["y"].low, rtol=1e-6)
+    np.testing.assert_allclose(table.statistics["x"].high, table.statistics["y"].high, rtol=1e-6)
+    np.testing.assert_allclose(table.statistics["x"].mean, table.statistics["y"].mean, rtol=1e-5)

@@ -14,40 +14,46 @@ from vitq_compiler.pipeline import Progress
 from vitq_compiler.runtime import Feed, run, session
 
 Vector = NDArray[np.float32]
+REDUCTIONS = ("ReduceMin", "ReduceMax", "ReduceMean")  # in the order of the fields of ChannelStatistics
 
 
 @dataclass(frozen=True)
-class ChannelRange:
-    """Smallest and largest value seen per channel, each of shape [channels]."""
+class ChannelStatistics:
+    """Smallest, largest and mean value per channel, each of shape [channels], over ``batches`` batches."""
 
     low: Vector
     high: Vector
+    mean: Vector
+    batches: int = 1
 
-    def merge(self, other: ChannelRange) -> ChannelRange:
-        """The range of both samples together."""
-        return ChannelRange(np.minimum(self.low, other.low), np.maximum(self.high, other.high))
+    def merge(self, other: ChannelStatistics) -> ChannelStatistics:
+        """The statistics of both samples together (batches of equal size)."""
+        batches = self.batches + other.batches
+        mean = (self.mean * self.batches + other.mean * other.batches) / batches
+        return ChannelStatistics(np.minimum(self.low, other.low), np.maximum(self.high, other.high), mean.astype(np.float32), batches)
 
 
 @dataclass
 class CalibrationTable:
-    """Range of every calibrated tensor, by tensor name, and the number of samples seen."""
+    """Statistics of every calibrated tensor, by tensor name, and the number of samples seen."""
 
-    ranges: dict[str, ChannelRange] = field(default_factory=dict)
+    statistics: dict[str, ChannelStatistics] = field(default_factory=dict)
     samples: int = 0
 
-    def update(self, name: str, seen: ChannelRange) -> None:
+    def update(self, name: str, seen: ChannelStatistics) -> None:
         """Add one batch of a tensor."""
-        known = self.ranges.get(name)
-        self.ranges[name] = seen if known is None else known.merge(seen)
+        known = self.statistics.get(name)
+        self.statistics[name] = seen if known is None else known.merge(seen)
 
     def rescale(self, name: str, scale: Vector, shift: Vector) -> None:
         """Follow a rewrite that replaced the tensor x by (x + shift) / scale, channel by channel; scale is positive."""
-        known = self.ranges[name]
-        self.ranges[name] = ChannelRange((known.low + shift) / scale, (known.high + shift) / scale)
+        known = self.statistics[name]
+        low, high, mean = ((x + shift) / scale for x in (known.low, known.high, known.mean))
+        self.statistics[name] = ChannelStatistics(low, high, mean, known.batches)
 
 
 def collect(graph: Graph, channel_axes: dict[str, int], batches: Iterable[Feed], total: int, *, threads: int, progress: Progress) -> CalibrationTable:
-    """Run ``batches`` and keep the range of each tensor per channel.
+    """Run ``batches`` and keep the statistics of each tensor per channel.
 
     Args:
         graph: the float graph; not changed.
@@ -61,24 +67,24 @@ def collect(graph: Graph, channel_axes: dict[str, int], batches: Iterable[Feed],
         ModelError: a tensor is not finite.
     """
     copy = graph.snapshot()
-    reductions: list[tuple[str, str, str]] = []
+    reductions: dict[str, list[str]] = {}
     outputs = []
     for name, axis in channel_axes.items():
         tensor = copy.tensor(name)
         axes = copy.constant(f"{name}/axes", np.array([i for i in range(len(tensor.shape)) if i != axis % len(tensor.shape)], np.int64))
-        low, high = (copy.insert(op, [tensor, axes], name=f"{name}/{op}", keepdims=0) for op in ("ReduceMin", "ReduceMax"))
-        for statistic in (low, high):
+        reduced = [copy.insert(op, [tensor, axes], name=f"{name}/{op}", keepdims=0) for op in REDUCTIONS]
+        for statistic in reduced:
             statistic.dtype, statistic.shape = np.dtype(np.float32), [tensor.shape[axis]]
-        reductions.append((name, low.name, high.name))
-        outputs += [low, high]
+        reductions[name] = [t.name for t in reduced]
+        outputs += reduced
     copy.set_outputs(outputs)
     runtime = session(copy.to_proto(), threads=threads)
     table = CalibrationTable()
     for feed in batches:
         results = dict(zip([t.name for t in outputs], run(runtime, feed), strict=True))
-        for name, low_name, high_name in reductions:
-            seen = ChannelRange(results[low_name], results[high_name])
-            if not (np.isfinite(seen.low).all() and np.isfinite(seen.high).all()):
+        for name, names in reductions.items():
+            seen = ChannelStatistics(*(results[n] for n in names))
+            if not all(np.isfinite(x).all() for x in (seen.low, seen.high, seen.mean)):  # the runtime's minimum passes over NaN, its mean does not
                 raise ModelError(f"tensor {name} is not finite on the calibration data; check the model and the preprocessing")
             table.update(name, seen)
         table.samples += _batch_size(feed)

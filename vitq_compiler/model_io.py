@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import onnx
-from onnx import TensorProto, version_converter
+from onnx import TensorProto, inliner, version_converter
 
 from vitq_compiler.errors import ModelError, OutputError
 from vitq_compiler.graph import to_array
@@ -32,7 +32,7 @@ def read_model(path: Path) -> onnx.ModelProto:
     """
     model = parse_model(path)
     if model.functions:
-        model = onnx.inliner.inline_local_functions(model)
+        model = inliner.inline_local_functions(model)
     check_model(model, path)
     return model
 
@@ -161,8 +161,9 @@ def write_model(model: onnx.ModelProto, path: Path) -> None:
 def write_text(text: str, path: Path) -> None:
     """Write a report as `write_model` writes a model."""
     try:
-        with tempfile.NamedTemporaryFile("w", dir=path.parent, prefix=f".{path.name}.", delete=False, encoding="utf-8") as staged:
-            staged.write(text)
-        os.replace(staged.name, path)
+        with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}.") as folder:
+            staged = Path(folder) / path.name
+            staged.write_text(text, encoding="utf-8")
+            os.replace(staged, path)
     except OSError as error:
         raise OutputError(f"output {path}: cannot be written ({error.strerror or error})") from error

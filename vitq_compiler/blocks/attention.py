@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from vitq_compiler.blocks.linear import Linear
 from vitq_compiler.graph import Graph, Node, Tensor, is_constant, producer, readers, scalar
 from vitq_compiler.pattern import MatchFailure
-from vitq_compiler.views import View, trace
+from vitq_compiler.views import VIEWS, View, trace
 
 
 @dataclass(eq=False)
@@ -38,6 +38,7 @@ class Attention:
         heads: number of heads.
         scale: what the scores are multiplied by.
         index: position among the attention blocks of the graph.
+        fused: the Attention node that has replaced the products, if any.
     """
 
     q: HeadView
@@ -51,6 +52,7 @@ class Attention:
     heads: int
     scale: float
     index: int = 0
+    fused: Node | None = None
 
     @property
     def linears(self) -> list[Linear]:
@@ -170,3 +172,20 @@ def _only_reader(tensor: Tensor, *ops: str) -> Node:
     if len(nodes) != 1 or nodes[0].op not in ops:
         raise MatchFailure(f"{tensor.name} is read by {', '.join(n.op for n in nodes) or 'nothing'}, not by one {' or '.join(ops)}", tensor.name)
     return nodes[0]
+
+
+def feeds_only(graph: Graph, tensor: Tensor, attention: Attention) -> bool:
+    """Whether everything computed from ``tensor`` by views and scalings ends in the products of ``attention``."""
+    ends = (attention.scores, attention.context) if attention.fused is None else (attention.fused,)
+    stack = [tensor]
+    while stack:
+        current = stack.pop()
+        if graph.is_output(current):
+            return False
+        for node in readers(current):
+            if any(node is end for end in ends):
+                continue
+            if node.op not in VIEWS | {"Mul", "Div"}:
+                return False
+            stack.extend(node.outputs)
+    return True

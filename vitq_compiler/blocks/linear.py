@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
 
 from vitq_compiler.graph import Graph, Node, Tensor, is_constant, readers, value
 from vitq_compiler.pattern import MatchFailure
@@ -91,3 +95,15 @@ def sole_readers(tensor: Tensor, linears: dict[int, Linear], graph: Graph) -> li
             raise MatchFailure(f"its output is also read by {node.op} {node.name}", node.name)
         found.append(linear)
     return found
+
+
+def add_to_bias(graph: Graph, linear: Linear, offset: NDArray[Any]) -> None:
+    """Add ``offset`` [out_features] to the bias, which is created where the Linear has none."""
+    if linear.bias is not None:
+        linear.bias.values = (value(linear.bias) + offset).astype(np.float32)
+        return
+    product = linear.matmul.outputs[0]
+    bias = graph.constant(f"{linear.name}/bias", offset.astype(np.float32))
+    total = graph.insert("Add", [product, bias], name=f"{linear.name}/add", like=product)
+    linear.add = total.inputs[0]
+    graph.replace(product, total, only=lambda n: n is not linear.add)
