@@ -19,6 +19,7 @@ import time
 from pathlib import Path
 
 import numpy as np
+import onnx
 import torch
 import torch.distributed
 import torch.nn.functional as F
@@ -149,7 +150,7 @@ def train(rank: int, options: argparse.Namespace) -> None:
             for stepper, schedule in zip(steppers, schedules, strict=True):
                 stepper.step()
                 schedule.step()
-            total += float(loss)
+            total += float(loss.detach())
         if rank == 0:
             print(f"epoch {epoch + 1}/{options.epochs}  loss {total / steps_per_epoch:.3f}  {time.time() - began:.0f} s", flush=True)
             if options.checkpoint:
@@ -163,17 +164,26 @@ def train(rank: int, options: argparse.Namespace) -> None:
 
 
 def export(model: nn.Module, path: Path) -> None:
-    """Write ``model`` as one ONNX file: opset 20, dynamic batch, input ``pixel_values``, output ``logits``."""
+    """Write ``model`` as one ONNX file: opset 20, dynamic batch, input ``pixel_values``, output ``logits``.
+
+    Of the exporter's metadata only the module scopes stay: the rest holds paths of the machine it ran on.
+    """
     program = torch.onnx.export(
         model.eval(),
         (torch.zeros(2, 3, 32, 32),),
         input_names=["pixel_values"],
         output_names=["logits"],
-        dynamic_shapes=({0: torch.export.Dim("batch")},),
+        dynamic_shapes={"pixel_values": {0: torch.export.Dim("batch")}, "kept_patches": None},
+        kwargs={"kept_patches": None},
         opset_version=20,
         dynamo=True,
     )
-    program.save(path, external_data=False)
+    proto = program.model_proto
+    for holder in [proto.graph, *proto.graph.node, *proto.graph.value_info, *proto.graph.input, *proto.graph.output]:
+        kept = [p for p in holder.metadata_props if p.key == "pkg.torch.onnx.name_scopes"]
+        del holder.metadata_props[:]
+        holder.metadata_props.extend(kept)
+    onnx.save(proto, path)
 
 
 def main() -> None:
@@ -183,7 +193,9 @@ def main() -> None:
     parser.add_argument("--epochs", type=int, default=15)
     parser.add_argument("--batch", type=int, default=256, help="images per step, over all workers")
     parser.add_argument("--workers", type=int, default=min(2, os.cpu_count() or 1))
-    parser.add_argument("--bf16", action="store_true", help="bf16 autocast: twice as fast where the CPU has bf16 matrix units, slower elsewhere")
+    parser.add_argument(
+        "--bf16", action="store_true", help="bf16 autocast: twice as fast where the CPU has bf16 matrix units, slower elsewhere"
+    )
     parser.add_argument("--checkpoint", type=Path, help="save the weights here after every epoch")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--port", type=int, default=29517, help="loopback port for the workers to meet at")

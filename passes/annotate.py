@@ -27,8 +27,8 @@ class Annotate(Pass):
         c.graph.infer_shapes()
         c.annotations = understand(c.graph)
         if not c.annotations.attentions:
-            near = [f"{f.where}: {f.reason}" for f in c.annotations.failures]
-            raise ModelError(f"no transformer block found ({'; nearest ' + near[0] if near else 'the graph has no softmax of a product'}); is this a vision transformer?")
+            near = "; ".join(f"{f.where}: {f.reason}" for f in c.annotations.failures[:1]) or "it has no softmax of a product"
+            raise ModelError(f"no transformer block found ({near}); give a vision transformer with its attention in standard operators")
         for failure in c.annotations.failures:
             self.note(c, failure.where, f"not an attention block: {failure.reason}")
         for linear in c.annotations.linears:

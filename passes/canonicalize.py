@@ -60,7 +60,9 @@ def fold_static(graph: Graph, threads: int, note: Callable[[str], None]) -> int:
     frontier = [
         t for n in graph.nodes if id(n) in static for t in n.outputs if graph.is_output(t) or any(id(r) not in static for r in readers(t))
     ]
-    reshapes = {} if open_sizes else {n.name: graph.insert("Shape", [n.outputs[0]], name=f"{n.name}/observed") for n in graph.find("Reshape")}
+    reshapes = (
+        {} if open_sizes else {n.name: graph.insert("Shape", [n.outputs[0]], name=f"{n.name}/observed") for n in graph.find("Reshape")}
+    )
     if open_sizes:
         note(f"input sizes {sorted(set(map(str, open_sizes)))} are dynamic, so shape arithmetic is kept")
     if not frontier and not reshapes:
@@ -76,6 +78,8 @@ def fold_static(graph: Graph, threads: int, note: Callable[[str], None]) -> int:
     batch: Tensor | None = None
     for tensor in frontier:
         first, second = small[tensor.name], large[tensor.name]
+        if graph.is_output(tensor) and tensor.inputs[0].op == "Identity" and is_constant(tensor.inputs[0].inputs[0]):
+            continue  # an output cannot be a constant itself
         if first.shape == second.shape and np.array_equal(first, second, equal_nan=first.dtype.kind == "f"):
             changes += graph.replace(tensor, graph.constant(f"{tensor.name}/folded", first))
             continue
@@ -124,11 +128,10 @@ def _fold_batched(graph: Graph, tensor: Tensor, first: Array, second: Array, bat
     """A shape vector whose changed entries are the batch, or rows repeated along the batch."""
     node = tensor.inputs[0]
     shape = producer(node.inputs[1]) if node.op == "Expand" and is_constant(node.inputs[0]) else node
-    if shape is not None and shape.op == "Concat" and all(t is batch or is_constant(t) for t in shape.inputs):
-        return 0  # has that form already
+    done = shape is not None and shape.op == "Concat" and all(t is batch or is_constant(t) for t in shape.inputs)
     if first.ndim == 1 and first.dtype == np.int64 and first.shape == second.shape:
         changed = first != second
-        if (first[changed] == BATCHES[0]).all() and (second[changed] == BATCHES[1]).all():
+        if not done and (first[changed] == BATCHES[0]).all() and (second[changed] == BATCHES[1]).all():
             parts = [batch if c else graph.constant(f"{tensor.name}/size", np.array([v])) for v, c in zip(first, changed, strict=True)]
             return graph.replace(tensor, graph.insert("Concat", parts, name=f"{tensor.name}/batched", like=tensor, axis=0))
         return 0
@@ -138,16 +141,21 @@ def _fold_batched(graph: Graph, tensor: Tensor, first: Array, second: Array, bat
     row = first[:1]
     if (row == row.flat[0]).all() and all(r.op in ELEMENTWISE for r in readers(tensor)):
         return graph.replace(tensor, graph.constant(f"{tensor.name}/uniform", np.array(row.flat[0])))
+    if done:
+        return 0
     ones = graph.constant(f"{tensor.name}/ones", np.ones(first.ndim - 1, np.int64))
     shape = graph.add("Concat", [batch, ones], name=f"{tensor.name}/batched_shape", axis=0)
-    return graph.replace(tensor, graph.insert("Expand", [graph.constant(f"{tensor.name}/row", row), shape], name=f"{tensor.name}/batched", like=tensor))
+    return graph.replace(
+        tensor, graph.insert("Expand", [graph.constant(f"{tensor.name}/row", row), shape], name=f"{tensor.name}/batched", like=tensor)
+    )
 
 
 def remove_no_ops(graph: Graph) -> int:
     """Identity, Dropout, Cast to the same type, x + 0, x * 1, Where of a constant choice, and NaN guards behind an unmasked softmax."""
     changes = 0
     for node in list(graph.nodes):
-        if (kept := _passed_through(node)) is not None and not (graph.is_output(node.outputs[0]) and producer(kept) is None):
+        kept = _passed_through(node)
+        if kept is not None and not (graph.is_output(node.outputs[0]) and (producer(kept) is None or graph.is_output(kept))):
             changes += graph.replace(node.outputs[0], kept)
             graph.remove(node)
     graph.clean()

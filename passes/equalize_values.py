@@ -42,7 +42,9 @@ class EqualizeValues(Pass):
             if Edge(attention.proj.name, 0) not in c.specs:
                 self.note(c, attention.proj.block, "values keep their ranges: proj stays in float")
             elif not feeds_only(c.graph, attention.v.linear.output, attention):
-                self.note(c, attention.proj.block, f"values keep their ranges: {attention.v.linear.name} is read by more than this attention")
+                self.note(
+                    c, attention.proj.block, f"values keep their ranges: {attention.v.linear.name} is read by more than this attention"
+                )
             else:
                 self._equalize(c, attention)
                 changes += 1

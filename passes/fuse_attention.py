@@ -34,7 +34,9 @@ class FuseAttention(Pass):
     def run(self, c: Compilation) -> int:
         if not supports("Attention", OPSET):
             self.note(c, "attention", "the installed onnxruntime has no Attention operator: kept decomposed")
-            c.warnings.append("the installed onnxruntime has no Attention operator (opset 23); attention stays decomposed and a little slower")
+            c.warnings.append(
+                "the installed onnxruntime has no Attention operator (opset 23); attention stays decomposed and a little slower"
+            )
             return 0
         changes = 0
         for attention in c.annotations.attentions:
@@ -88,4 +90,3 @@ def _operands(graph: Graph, attention: Attention) -> list[Tensor]:
             parts = split if isinstance(split, list) else [split]
         found.update({id(view): part for view, part in zip(mine, parts, strict=True)})
     return [found[id(view)] for view in views]
-

@@ -59,7 +59,9 @@ def _linearize(graph: Graph, node: Node) -> Linear:
     rows, columns = sizes[0] // high, sizes[1] // wide
     tokens = _tokens(graph, node.outputs[0])
     cut = graph.constant(f"{node.name}/cut", np.array([-1, in_channels, rows, high, columns, wide], np.int64))
-    grid = graph.insert("Transpose", [graph.add("Reshape", [image, cut], name=f"{node.name}/cut")], name=f"{node.name}/grid", perm=[0, 2, 4, 1, 3, 5])
+    grid = graph.insert(
+        "Transpose", [graph.add("Reshape", [image, cut], name=f"{node.name}/cut")], name=f"{node.name}/grid", perm=[0, 2, 4, 1, 3, 5]
+    )
     flat = graph.constant(f"{node.name}/flat", np.array([-1, rows * columns, in_channels * high * wide], np.int64))
     patches = graph.add("Reshape", [grid, flat], name=f"{node.name}/patches")
     matrix = graph.constant(f"{node.inputs[1].name}/matrix", weight.reshape(out_channels, -1).T)

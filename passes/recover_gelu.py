@@ -1,7 +1,7 @@
 """Gelu from its decomposed chain, whatever the order of the factors.
 
-    0.5 * x * (1 + erf(x / sqrt 2))                              ->  Gelu(x)
-    0.5 * x * (1 + tanh(sqrt(2/pi) * (x + 0.044715 * x^3)))      ->  Gelu(x; approximate = tanh)
+0.5 * x * (1 + erf(x / sqrt 2))                              ->  Gelu(x)
+0.5 * x * (1 + tanh(sqrt(2/pi) * (x + 0.044715 * x^3)))      ->  Gelu(x; approximate = tanh)
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ class RecoverGelu(Pass):
 
     def run(self, c: Compilation) -> int:
         changes = 0
-        for node in c.graph.find("Mul"):
+        for node in c.graph.find("Mul", "Div"):
             found = _gelu_of(node.outputs[0]) if node.outputs else None
             if found is not None:
                 x, approximate = found

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from vitq_compiler.graph import Graph, Node, Tensor, scalar, value
+from vitq_compiler.graph import Graph, Node, Tensor, is_constant, scalar, value
 from vitq_compiler.pattern import Bindings, const, either, match, op, var
 from vitq_compiler.pipeline import Compilation, Fact, Pass
 
@@ -48,7 +48,8 @@ def _over_last_axis(bound: Bindings) -> bool:
     x: Tensor = bound["x"]
     last = len(x.shape) - 1 if x.shape else -1
     return (
-        all(_axes(bound[name]) in ([-1], [last]) for name in ("mean", "mean_square"))
+        all(_axes(bound[name]) in ([-1], [last]) and bound[name].attrs.get("keepdims", 1) for name in ("mean", "mean_square"))
+        and (x.shape is None or not isinstance(x.shape[-1], int) or x.shape[-1] == width)
         and value(bound["beta"]).size == width
         and value(bound["gamma"]).shape[-1:] == (width,)
         and scalar(bound["epsilon"]) is not None
@@ -57,12 +58,14 @@ def _over_last_axis(bound: Bindings) -> bool:
 
 def _axes(mean: Node) -> list[int]:
     if len(mean.inputs) > 1:
-        return [int(a) for a in value(mean.inputs[1]).reshape(-1)]
+        return [int(a) for a in value(mean.inputs[1]).reshape(-1)] if is_constant(mean.inputs[1]) else []
     return [int(a) for a in mean.attrs.get("axes", [])]
 
 
 def _rewrite(graph: Graph, node: Node, bound: Bindings) -> None:
     gamma, beta = (graph.constant(f"{node.name}/{n}", value(bound[n]).reshape(-1).astype(np.float32)) for n in ("gamma", "beta"))
     epsilon = scalar(bound["epsilon"])
-    output = graph.insert("LayerNormalization", [bound["x"], gamma, beta], name=f"{node.name}/layernorm", like=node.outputs[0], axis=-1, epsilon=epsilon)
+    output = graph.insert(
+        "LayerNormalization", [bound["x"], gamma, beta], name=f"{node.name}/layernorm", like=node.outputs[0], axis=-1, epsilon=epsilon
+    )
     graph.replace(node.outputs[0], output)

@@ -1,7 +1,7 @@
 """Every Linear layer in one form: MatMul(x, weight[K, N]), then Add(., bias[N]).
 
-    Gemm(x, W, c; alpha, beta, transB)  ->  Add(MatMul(x, alpha * W'), beta * c)
-    Add(bias, MatMul(x, W))             ->  Add(MatMul(x, W), bias)
+Gemm(x, W, c; alpha, beta, transB)  ->  Add(MatMul(x, alpha * W'), beta * c)
+Add(bias, MatMul(x, W))             ->  Add(MatMul(x, W), bias)
 """
 
 from __future__ import annotations

@@ -6,9 +6,11 @@ sizes and seed compute the same function (see `Sizes`).
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import count
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -35,8 +37,8 @@ IR_VERSION = 10
 # Running
 
 
-def run_model(model: onnx.ModelProto | Graph, feed: Feed, *, optimize: bool = True) -> list[Array]:
-    """Outputs of ONNX Runtime, with one thread."""
+def run_model(model: onnx.ModelProto | Graph, feed: Feed, *, optimize: bool = False) -> list[Array]:
+    """Outputs of ONNX Runtime, with one thread; its optimizer is off, as it would hide differences between graphs."""
     proto = model.to_proto() if isinstance(model, Graph) else model
     options = ort.SessionOptions()
     options.intra_op_num_threads = 1
@@ -56,7 +58,11 @@ def feed_of(model: onnx.ModelProto | Graph, batch: int = 2, seed: int = 0) -> Fe
 def difference(before: Sequence[Array], after: Sequence[Array]) -> float:
     """Largest difference of any output, relative to the largest value of that output."""
     assert [a.shape for a in before] == [a.shape for a in after]
-    return max(float(np.abs(a - b).max() / max(np.abs(a).max(), 1e-30)) for a, b in zip(before, after, strict=True))
+    worst = 0.0
+    for a, b in zip(before, after, strict=True):
+        np.testing.assert_array_equal(np.isnan(a), np.isnan(b))
+        worst = max(worst, float(np.nanmax(np.abs(a - b)) / max(np.nanmax(np.abs(a)), 1e-30)))
+    return worst
 
 
 # Graphs from text
@@ -466,3 +472,16 @@ def with_text(model: onnx.ModelProto, edit: Callable[[onnx.GraphProto], None]) -
 def variant(dialect: Dialect, **choices: Any) -> Dialect:
     """``dialect`` with some choices changed."""
     return replace(dialect, **choices)
+
+
+# Golden files
+
+
+def assert_golden(graph: Graph, name: str) -> None:
+    """``graph`` as text is that of ``golden/<name>.txt``; with VITQ_UPDATE_GOLDEN set, write it instead."""
+    text = graph.text()
+    text = text[text.index(">\n") + 2 :].replace("> {", ">\n{") + "\n"
+    path = Path(__file__).parent / "golden" / f"{name}.txt"
+    if os.environ.get("VITQ_UPDATE_GOLDEN"):
+        path.write_text(text, encoding="utf-8")
+    assert text == path.read_text(encoding="utf-8"), "run with VITQ_UPDATE_GOLDEN=1 and look at the difference"

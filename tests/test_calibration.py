@@ -55,7 +55,7 @@ def test_images_are_reduced_per_colour() -> None:
 def test_a_matrix_of_one_row_per_image() -> None:
     graph = graph_of("g (float[B, 4] x) => (float[B, 4] y) { y = Relu(x) }")
     feeds = batches(2, (3, 4))
-    assert gather(graph, {"x": -1}, feeds).ranges["x"].low.shape == (4,)
+    assert gather(graph, {"x": -1}, feeds).statistics["x"].low.shape == (4,)
 
 
 def test_the_graph_is_left_alone() -> None:

@@ -168,7 +168,9 @@ def test_opset_can_be_set() -> None:
 
 
 def test_constants() -> None:
-    graph = graph_of("g (float[4] x) => (float[4] y) { a = Mul(x, one) y = Add(a, four) }", one=np.float32([3]), four=np.ones(4, np.float32))
+    graph = graph_of(
+        "g (float[4] x) => (float[4] y) { a = Mul(x, one) y = Add(a, four) }", one=np.float32([3]), four=np.ones(4, np.float32)
+    )
     assert is_constant(graph.tensor("one"))
     assert not is_constant(graph.tensor("x"))
     assert scalar(graph.tensor("one")) == 3

@@ -1,13 +1,13 @@
 """vitq: compiles a vision transformer exported to ONNX into an integer graph.
 
-    from vitq_compiler import compile
-    report = compile("model.onnx", "model_int8.onnx", calibration="images/")
+from vitq_compiler import compile
+report = compile("model.onnx", "model_int8.onnx", calibration="images/")
 """
 
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from vitq_compiler.compiler import compile as compile  # noqa: A004
+    from vitq_compiler.compiler import compile as compile
     from vitq_compiler.pipeline import Pipeline as Pipeline
     from vitq_compiler.quant import QuantSpec as QuantSpec
     from vitq_compiler.recipe import Recipe as Recipe

@@ -56,7 +56,9 @@ def understand(graph: Graph) -> Annotations:
     for linear in linears:
         if linear.role == "linear" and not _feeds(linear.output, matmuls):
             linear.role = "head"
-    found.block_edges = {linear.block: edge for linear in linears if linear.role in ("proj", "fc2") and (edge := _reading_edge(linear.output))}
+    found.block_edges = {
+        linear.block: edge for linear in linears if linear.role in ("proj", "fc2") and (edge := _reading_edge(linear.output))
+    }
     return found
 
 

@@ -52,7 +52,9 @@ class CalibrationTable:
         self.statistics[name] = ChannelStatistics(low, high, mean, known.batches)
 
 
-def collect(graph: Graph, channel_axes: dict[str, int], batches: Iterable[Feed], total: int, *, threads: int, progress: Progress) -> CalibrationTable:
+def collect(
+    graph: Graph, channel_axes: dict[str, int], batches: Iterable[Feed], total: int, *, threads: int, progress: Progress
+) -> CalibrationTable:
     """Run ``batches`` and keep the statistics of each tensor per channel.
 
     Args:
@@ -78,13 +80,15 @@ def collect(graph: Graph, channel_axes: dict[str, int], batches: Iterable[Feed],
         reductions[name] = [t.name for t in reduced]
         outputs += reduced
     copy.set_outputs(outputs)
-    runtime = session(copy.to_proto(), threads=threads)
+    runtime = session(copy, threads=threads)
     table = CalibrationTable()
     for feed in batches:
         results = dict(zip([t.name for t in outputs], run(runtime, feed), strict=True))
         for name, names in reductions.items():
             seen = ChannelStatistics(*(results[n] for n in names))
-            if not all(np.isfinite(x).all() for x in (seen.low, seen.high, seen.mean)):  # the runtime's minimum passes over NaN, its mean does not
+            if not all(
+                np.isfinite(x).all() for x in (seen.low, seen.high, seen.mean)
+            ):  # the runtime's minimum passes over NaN, its mean does not
                 raise ModelError(f"tensor {name} is not finite on the calibration data; check the model and the preprocessing")
             table.update(name, seen)
         table.samples += _batch_size(feed)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import tempfile
 import time
 from collections.abc import Sequence
@@ -14,13 +15,14 @@ import onnxruntime as ort
 from vitq_compiler import runtime, validation
 from vitq_compiler.catalog import load_target, pipeline_for
 from vitq_compiler.data import Data, open_data
+from vitq_compiler.errors import RecipeError
 from vitq_compiler.graph import Graph
 from vitq_compiler.model_io import check_output, convert_opset, file_bytes, read_model, write_model
 from vitq_compiler.pipeline import Compilation, Progress, silent
 from vitq_compiler.preprocess import resolve
 from vitq_compiler.quant import Edge
 from vitq_compiler.recipe import load_recipe
-from vitq_compiler.report import CompileReport, DataRow, GateRow, LinearRow, NoteRow, PassRow, Validation
+from vitq_compiler.report import CompileReport, DataRow, GateRow, LatencyRow, LinearRow, NoteRow, OutputRow, PassRow, Validation
 from vitq_compiler.verify import Dump, Parity, Structure
 
 PROBE_SAMPLES = 2
@@ -71,32 +73,41 @@ def compile(
         The report; ``report.passed`` says whether the gates were met.
 
     Raises:
-        VitqError: see `errors`; nothing has been written then.
+        VitqError: see `errors`; ``output`` has not been touched then.
     """
     began = time.perf_counter()
     model, output = Path(model), Path(output) if output is not None else None
     plan = load_recipe(recipe).excluding(tuple(exclude))
     chosen = load_target(target)
     pipeline = pipeline_for(plan, chosen, passes)
+    if missing := [name for name in dump_after if name not in {p.name for p in pipeline.passes}]:
+        raise RecipeError(f"cannot dump after {missing[0]}: the pipeline has no such pass; see --print-pipeline")
     if output is not None:
         check_output(output, model)
 
     progress("reading", 0, 1)
     graph = Graph.from_proto(convert_opset(read_model(model), chosen.opset, model))
     graph.ir_version = chosen.ir_version
-    data = open_data(calibration, graph.inputs, resolve(preprocess, model), samples=samples, batch_size=batch_size, seed=seed)
+    data = open_data(
+        calibration,
+        graph.inputs,
+        resolve(preprocess, model),
+        samples=samples,
+        validation_samples=max(16, samples // 2),
+        batch_size=batch_size,
+        seed=seed,
+    )
     c = Compilation(graph, plan, chosen, data, threads=threads, progress=progress)
     progress("reading", 1, 1)
 
-    floating = runtime.session(model, threads=threads)
     feed = _probe_batch(graph, data)
-    parity = Parity(feed, runtime.run(floating, feed, graph.output_names), threads)
+    parity = Parity(feed, runtime.run(runtime.session(model, threads=threads), feed, graph.output_names), threads)
     dump = Dump(dump_after, lambda name, proto: write_model(proto, (output or model).with_suffix(f".after-{name}.onnx")))
     results = pipeline.run(c, (parity, Structure(), dump))
     parity.check()
 
     integer = c.graph.to_proto()
-    verdict, kernel_of = _judge(model, floating, integer, c, parity)
+    verdict, kernel_of = _judge(model, integer, c, parity)
     gates = _measure_gates(verdict, min_sqnr, min_agreement)
     written = output if output_on_failure or all(gate.passed for gate in gates) else None
     if written is not None:
@@ -126,25 +137,33 @@ def _probe_batch(graph: Graph, data: Data) -> runtime.Feed:
     return feed if fixed else {name: array[:PROBE_SAMPLES] for name, array in feed.items()}
 
 
-def _judge(model: Path, floating: ort.InferenceSession, integer: onnx.ModelProto, c: Compilation, parity: Parity) -> tuple[Validation, dict[str, str]]:
+def _judge(model: Path, integer: onnx.ModelProto, c: Compilation, parity: Parity) -> tuple[Validation, dict[str, str]]:
     """The runtime's verdict, and the kernel that reads each weight."""
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "optimized.onnx"
-        quantized = runtime.session(integer, threads=c.threads, optimized_path=path)
-        kernel_of = validation.kernels(onnx.load(path, load_external_data=False))
+    edges = c.annotations.block_edges if parity.floating is not None else {}
+    blocks = validation.compare_blocks(parity.floating or c.graph, c.graph, edges, parity.feed, c.threads)
+    parity.floating = None  # its weights are not needed again
     unseen, count = c.data.validation(), c.data.validation_count
     if not count:
         unseen, count = c.data.calibration(), c.data.calibration_count
         c.warnings.append("too few samples to keep any back: the accuracy figures are on the calibration samples themselves and flatter")
-    outputs = validation.compare_outputs(floating, quantized, unseen, count, c.progress)
-    edges = c.annotations.block_edges if parity.floating is not None else {}
-    blocks = validation.compare_blocks(parity.floating or c.graph, c.graph, edges, parity.feed, c.threads)
-    c.progress("timing", 0, 1)
     fixed = any(isinstance(d, int) and d > 0 for d in (spec.shape[0] for spec in c.graph.inputs if spec.shape))
     one = parity.feed if fixed else {name: array[:1] for name, array in parity.feed.items()}
-    latency = validation.time_threads(model, integer, (floating, quantized), one, c.threads)
-    c.progress("timing", 1, 1)
-    return Validation(f"onnxruntime {ort.__version__}", outputs, blocks, latency, file_bytes(model), integer.ByteSize()), kernel_of
+    outputs: tuple[OutputRow, ...] = ()
+    latency: list[LatencyRow] = []
+    kernel_of: dict[str, str] = {}
+    every = c.threads or os.cpu_count() or 1
+    for index, threads in enumerate(sorted({every, 1}, reverse=True)):
+        with tempfile.TemporaryDirectory() as folder:
+            path = Path(folder) / "optimized.onnx"
+            pair = runtime.session(model, threads=threads), runtime.session(integer, threads=threads, optimized_path=path)
+            if index == 0:
+                kernel_of = validation.kernels(onnx.load(path, load_external_data=False))
+                outputs = validation.compare_outputs(*pair, unseen, count, c.progress)
+        c.progress("timing", index, 2)
+        latency.insert(0, validation.time_pair(*pair, one, threads))
+        del pair
+    c.progress("timing", 2, 2)
+    return Validation(f"onnxruntime {ort.__version__}", outputs, blocks, tuple(latency), file_bytes(model), integer.ByteSize()), kernel_of
 
 
 def _measure_gates(verdict: Validation, min_sqnr: float | None, min_agreement: float | None) -> tuple[GateRow, ...]:
@@ -170,7 +189,13 @@ def _linear_rows(c: Compilation, kernel_of: dict[str, str]) -> tuple[LinearRow, 
         codes = c.codes.get(Edge(linear.name, 1))
         kernel = kernel_of.get(codes or linear.weight.name, "")
         integer = codes is not None and kernel in c.target.integer_kernels
-        reason = "" if integer else reasons.get(linear.name, "") if codes is None else f"the runtime computes it with {kernel or 'another operator'}"
+        reason = (
+            ""
+            if integer
+            else reasons.get(linear.name, "")
+            if codes is None
+            else f"the runtime computes it with {kernel or 'another operator'}"
+        )
         scope = c.graph.scope(linear.matmul)
         size = (linear.in_features, linear.out_features)
         rows.append(LinearRow(linear.name, scope, linear.role, linear.block, *size, codes is not None, kernel, integer, reason))

@@ -5,19 +5,24 @@ Weights are never edited in place: a pass assigns a new array, so that a `snapsh
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+import ast
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 import onnx
 import onnx_graphsurgeon as gs
 from numpy.typing import NDArray
 from onnx import helper, numpy_helper
+from onnx_graphsurgeon.ir.tensor import LazyValues
 
-Node = gs.Node
-Tensor = gs.Tensor
+Node: TypeAlias = Any  # gs.Node; graphsurgeon has no type information
+Tensor: TypeAlias = Any  # gs.Variable or gs.Constant
 Array = NDArray[Any]
+
+SCOPES = "pkg.torch.onnx.name_scopes"
+LARGE = 1024  # elements from which a constant counts as a weight rather than as a shape or an axis
 
 
 @dataclass(frozen=True)
@@ -38,7 +43,7 @@ class InputSpec:
 class Graph:
     """An ONNX graph that can be searched and edited; see `model_io` for files."""
 
-    def __init__(self, surgeon: gs.Graph, ir_version: int, metadata: dict[str, dict[str, str]]) -> None:
+    def __init__(self, surgeon: gs.Graph, ir_version: int, metadata: dict[str, str]) -> None:
         self._gs = surgeon
         self._metadata = metadata
         self._names = {n.name for n in surgeon.nodes} | set(surgeon.tensors())
@@ -46,22 +51,41 @@ class Graph:
 
     @classmethod
     def from_proto(cls, model: onnx.ModelProto) -> Graph:
-        """Wrap a ModelProto; node metadata, which graphsurgeon drops, is kept by node name."""
-        metadata = {n.name: {p.key: p.value for p in n.metadata_props} for n in model.graph.node if n.name and n.metadata_props}
-        graph = cls(gs.import_onnx(model), model.ir_version, metadata)
+        """Wrap a ModelProto. Module scopes, which graphsurgeon drops, are kept by node name; other node metadata is not."""
+        metadata = {n.name: p.value for n in model.graph.node for p in n.metadata_props if n.name and p.key == SCOPES}
+        surgeon = gs.import_onnx(model)
+        for tensor in surgeon.tensors().values():
+            if isinstance(tensor, gs.Constant):
+                tensor.values = np.asarray(tensor.values)  # loaded now, so that the ModelProto can be freed
+        graph = cls(surgeon, model.ir_version, metadata)
         graph.name_nodes()
         return graph
 
     def to_proto(self) -> onnx.ModelProto:
-        """The graph as a ModelProto, nodes sorted, metadata restored, shapes not inferred."""
+        """The graph as a ModelProto, nodes sorted, scopes restored, shapes not inferred."""
         self._gs.toposort()
-        model = gs.export_onnx(self._gs, do_type_check=False)
+        model: onnx.ModelProto = gs.export_onnx(self._gs, do_type_check=False)
         model.ir_version = self.ir_version
         model.producer_name = "vitq"
         for node in model.graph.node:
-            for key, value in self._metadata.get(node.name, {}).items():
-                node.metadata_props.add(key=key, value=value)
+            if node.name in self._metadata:
+                node.metadata_props.add(key=SCOPES, value=self._metadata[node.name])
         return model
+
+    def without_weights(self) -> tuple[onnx.ModelProto, dict[str, Array]]:
+        """The graph with every large constant declared as external data in memory, and those constants by name.
+
+        Nothing is copied: for sessions and shape inference on graphs whose weights are better not serialized.
+        """
+        large = [t for t in self._gs.tensors().values() if isinstance(t, gs.Constant) and np.prod(t.shape) >= LARGE]
+        weights = {t.name: t.values for t in large}
+        try:
+            for tensor in large:
+                tensor.values = LazyValues(_external(tensor.name, tensor.values))
+            return self.to_proto(), weights
+        finally:
+            for tensor in large:
+                tensor.values = weights[tensor.name]
 
     def snapshot(self) -> Graph:
         """A copy whose structure is independent; weight arrays are shared."""
@@ -71,23 +95,22 @@ class Graph:
 
     @property
     def opset(self) -> int:
+        """Version of the standard operators."""
         return int(self._gs.opset)
-
-    @opset.setter
-    def opset(self, version: int) -> None:
-        self._gs.opset = version
-        self._gs.import_domains = [helper.make_opsetid("", version)]
 
     @property
     def nodes(self) -> list[Node]:
+        """All nodes; after `clean`, in topological order."""
         return self._gs.nodes  # type: ignore[no-any-return]
 
     @property
     def inputs(self) -> list[InputSpec]:
+        """The graph inputs."""
         return [InputSpec(t.name, np.dtype(t.dtype), tuple(t.shape or ())) for t in self._gs.inputs]
 
     @property
     def output_names(self) -> list[str]:
+        """Names of the graph outputs."""
         return [t.name for t in self._gs.outputs]
 
     def find(self, *ops: str) -> list[Node]:
@@ -106,14 +129,17 @@ class Graph:
         return self._gs.tensors()[name]
 
     def is_input(self, tensor: Tensor) -> bool:
+        """Whether ``tensor`` is a graph input."""
         return any(tensor is t for t in self._gs.inputs)
 
     def is_output(self, tensor: Tensor) -> bool:
+        """Whether ``tensor`` is a graph output."""
         return any(tensor is t for t in self._gs.outputs)
 
     def scope(self, node: Node) -> str:
-        """Where the exporter says the node came from (``blocks.0.attn``), or an empty string. For humans only."""
-        return self._metadata.get(node.name, {}).get("pkg.torch.onnx.name_scopes", "")
+        """The module the node came from (``blocks.0.attn``), where torch's exporter recorded it; else an empty string."""
+        scopes = ast.literal_eval(self._metadata[node.name]) if node.name in self._metadata else []
+        return str(scopes[-2]) if len(scopes) > 1 else ""  # the last one is the node itself
 
     def text(self) -> str:
         """The graph in ONNX text syntax, weights of more than 8 elements elided: for golden tests and dumps."""
@@ -133,7 +159,7 @@ class Graph:
         """A new initializer; ``name`` is made unique."""
         return gs.Constant(self._unique(name), np.asarray(value, order="C"))
 
-    def add(self, op: str, inputs: Sequence[Tensor], *, name: str, outputs: int = 1, **attributes: Any) -> Tensor | list[Tensor]:
+    def add(self, op: str, inputs: Sequence[Tensor], *, name: str, outputs: int = 1, **attributes: Any) -> Any:
         """Append a node; ``name`` is made unique and its outputs are called after it. Returns its output, or a list of several."""
         name = self._unique(name)
         results = [gs.Variable(self._unique(f"{name}/out" if outputs == 1 else f"{name}/out_{i}")) for i in range(outputs)]
@@ -197,18 +223,16 @@ class Graph:
 
     def infer_shapes(self) -> None:
         """Fill in dtypes and shapes of all tensors by ONNX shape inference; keeps what was known."""
-        model = self.to_proto()
-        weights = {t.name: t for t in model.graph.initializer if int(np.prod(t.dims)) > 64}
-        light = onnx.ModelProto()
-        light.CopyFrom(strip_weights(model, weights))
-        inferred = onnx.shape_inference.infer_shapes(light, data_prop=True)
+        inferred = onnx.shape_inference.infer_shapes(self.without_weights()[0], data_prop=True)
         tensors = self._gs.tensors()
         for info in [*inferred.graph.value_info, *inferred.graph.output]:
             tensor = tensors.get(info.name)
             if isinstance(tensor, gs.Variable) and info.type.HasField("tensor_type"):
                 tensor.dtype = helper.tensor_dtype_to_np_dtype(info.type.tensor_type.elem_type)
                 if info.type.tensor_type.HasField("shape"):
-                    tensor.shape = [d.dim_value if d.HasField("dim_value") else d.dim_param or None for d in info.type.tensor_type.shape.dim]
+                    tensor.shape = [
+                        d.dim_value if d.HasField("dim_value") else d.dim_param or None for d in info.type.tensor_type.shape.dim
+                    ]
 
     def _unique(self, wanted: str) -> str:
         name, again = wanted, 0
@@ -219,18 +243,14 @@ class Graph:
         return name
 
 
-def strip_weights(model: onnx.ModelProto, weights: dict[str, onnx.TensorProto]) -> onnx.ModelProto:
-    """``model`` with the named initializers turned into typed graph inputs, so that it can be copied cheaply."""
-    stripped = onnx.ModelProto(ir_version=model.ir_version)
-    stripped.opset_import.extend(model.opset_import)
-    graph = stripped.graph
-    graph.name = model.graph.name
-    graph.node.extend(model.graph.node)
-    graph.input.extend(model.graph.input)
-    graph.output.extend(model.graph.output)
-    graph.initializer.extend(t for t in model.graph.initializer if t.name not in weights)
-    graph.input.extend(helper.make_tensor_value_info(t.name, t.data_type, list(t.dims)) for t in weights.values())
-    return stripped
+def _external(name: str, array: Array) -> onnx.TensorProto:
+    """An initializer whose data lies elsewhere."""
+    tensor = onnx.TensorProto(
+        name=name, dims=array.shape, data_type=helper.np_dtype_to_tensor_dtype(array.dtype), data_location=onnx.TensorProto.EXTERNAL
+    )
+    for key, text in (("location", "memory"), ("offset", "0"), ("length", str(array.nbytes))):
+        tensor.external_data.add(key=key, value=text)
+    return tensor
 
 
 def unique(nodes: Iterable[Node]) -> list[Node]:
@@ -240,6 +260,7 @@ def unique(nodes: Iterable[Node]) -> list[Node]:
 
 
 def is_constant(tensor: Tensor) -> bool:
+    """Whether ``tensor`` is an initializer."""
     return isinstance(tensor, gs.Constant)
 
 
@@ -261,22 +282,10 @@ def producer(tensor: Tensor) -> Node | None:
 
 
 def readers(tensor: Tensor) -> list[Node]:
+    """The nodes that read ``tensor``, each once."""
     return unique(tensor.outputs)
 
 
-def ancestors(tensor: Tensor, stop: Callable[[Node], bool] = lambda _: False) -> Iterator[Node]:
-    """Every node that ``tensor`` depends on; where ``stop`` holds the node is given but not what feeds it."""
-    seen: set[int] = set()
-    stack = list(tensor.inputs)
-    while stack:
-        node = stack.pop()
-        if id(node) in seen:
-            continue
-        seen.add(id(node))
-        yield node
-        if not stop(node):
-            stack.extend(p for t in node.inputs for p in t.inputs)
-
-
 def to_array(tensor: onnx.TensorProto) -> Array:
+    """The numbers of a TensorProto."""
     return numpy_helper.to_array(tensor)

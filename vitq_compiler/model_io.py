@@ -8,16 +8,18 @@ from pathlib import Path
 
 import numpy as np
 import onnx
-from onnx import TensorProto, inliner, version_converter
+from onnx import TensorProto, helper, inliner, version_converter
 
 from vitq_compiler.errors import ModelError, OutputError
-from vitq_compiler.graph import to_array
+from vitq_compiler.graph import LARGE, to_array
 from vitq_compiler.runtime import PROTOBUF_LIMIT, first_line
 
 OLDEST_OPSET = 11
 QUANTIZED_OPS = frozenset(
-    "QuantizeLinear DequantizeLinear DynamicQuantizeLinear MatMulInteger ConvInteger QLinearMatMul QLinearConv "
-    "QGemm QAttention MatMulNBits DynamicQuantizeMatMul MatMulIntegerToFloat".split()
+    {
+        *("QuantizeLinear", "DequantizeLinear", "DynamicQuantizeLinear", "MatMulInteger", "ConvInteger", "QLinearMatMul", "QLinearConv"),
+        *("QGemm", "QAttention", "MatMulNBits", "DynamicQuantizeMatMul", "MatMulIntegerToFloat"),
+    }
 )
 WEIGHTED_OPS = frozenset({"MatMul", "Gemm", "Conv", "LayerNormalization", "BatchNormalization"})
 HALF_TYPES = {TensorProto.FLOAT16: "float16", TensorProto.BFLOAT16: "bfloat16"}
@@ -79,11 +81,15 @@ def check_model(model: onnx.ModelProto, path: Path) -> None:
         if node.op_type in QUANTIZED_OPS:
             raise ModelError(f"model {path}: already quantized ({node.op_type} node {node.name or '?'}); give the float32 model")
         if node.domain not in ("", "ai.onnx"):
-            raise ModelError(f"model {path}: operator {node.domain}.{node.op_type} (node {node.name or '?'}) is not standard ONNX; export without it")
+            raise ModelError(
+                f"model {path}: operator {node.domain}.{node.op_type} (node {node.name or '?'}) is not standard ONNX; export without it"
+            )
         if any(a.HasField("g") for a in node.attribute):
             raise ModelError(f"model {path}: control flow ({node.op_type} node {node.name or '?'}) is not supported; export a traced model")
         if not onnx.defs.has(node.op_type):
-            raise ModelError(f"model {path}: operator {node.op_type} (node {node.name or '?'}) is not in ONNX; export with standard operators")
+            raise ModelError(
+                f"model {path}: operator {node.op_type} (node {node.name or '?'}) is not in ONNX; export with standard operators"
+            )
     half = next((t for t in graph.initializer if t.data_type in HALF_TYPES), None)
     if half is not None:
         raise ModelError(f"model {path}: weights are {HALF_TYPES[half.data_type]} ({half.name}); export the float32 model")
@@ -96,7 +102,7 @@ def check_model(model: onnx.ModelProto, path: Path) -> None:
 
 
 def convert_opset(model: onnx.ModelProto, opset: int, path: Path) -> onnx.ModelProto:
-    """The model at ``opset`` or newer, by ONNX's own converter; weights are not copied.
+    """The model at ``opset`` or newer, by ONNX's own converter; weights do not pass through it.
 
     Raises:
         ModelError: an operator has no conversion.
@@ -104,13 +110,25 @@ def convert_opset(model: onnx.ModelProto, opset: int, path: Path) -> onnx.ModelP
     version = next(o.version for o in model.opset_import if o.domain in ("", "ai.onnx"))
     if version >= opset:
         return model
-    metadata = {n.name: list(n.metadata_props) for n in model.graph.node if n.name}
+    scopes = {n.name: list(n.metadata_props) for n in model.graph.node if n.name}
+    weights = [t for t in model.graph.initializer if np.prod(t.dims) >= LARGE]
+    light = onnx.ModelProto(ir_version=max(model.ir_version, 4), opset_import=model.opset_import)
+    light.graph.MergeFrom(onnx.GraphProto(name=model.graph.name, node=model.graph.node, input=model.graph.input, output=model.graph.output))
+    names = {t.name for t in weights}
+    light.graph.initializer.extend(t for t in model.graph.initializer if t.name not in names)
+    light.graph.input.extend(helper.make_tensor_value_info(t.name, t.data_type, t.dims) for t in weights)
     try:
-        converted = version_converter.convert_version(model, opset)
+        converted = version_converter.convert_version(light, opset)
     except Exception as error:
-        raise ModelError(f"model {path}: cannot convert opset {version} to {opset} ({first_line(error)}); export with opset {opset}") from error
+        raise ModelError(
+            f"model {path}: cannot convert opset {version} to {opset} ({first_line(error)}); export with opset {opset}"
+        ) from error
+    kept = [i for i in converted.graph.input if i.name not in names]
+    del converted.graph.input[:]
+    converted.graph.input.extend(kept)
+    converted.graph.initializer.extend(weights)
     for node in converted.graph.node:
-        node.metadata_props.extend(metadata.get(node.name, []))
+        node.metadata_props.extend(scopes.get(node.name, []))
     return converted
 
 
@@ -118,7 +136,8 @@ def file_bytes(path: Path) -> int:
     """Size of a model file and of its external data."""
     model = onnx.load(path, load_external_data=False)
     external = {entry.value for t in model.graph.initializer for entry in t.external_data if entry.key == "location"}
-    return path.stat().st_size + sum((path.parent / name).stat().st_size for name in external)
+    external_bytes = sum((path.parent / name).stat().st_size for name in external)
+    return int(path.stat().st_size + external_bytes)
 
 
 def check_output(path: Path, model: Path) -> None:
@@ -152,18 +171,22 @@ def write_model(model: onnx.ModelProto, path: Path) -> None:
                 staged.write_bytes(model.SerializeToString(deterministic=True))
             else:
                 onnx.save(model, staged, save_as_external_data=True, location=f"{path.name}.data")
-                os.replace(Path(folder) / f"{path.name}.data", path.parent / f"{path.name}.data")
-            os.replace(staged, path)
+                (Path(folder) / f"{path.name}.data").replace(path.parent / f"{path.name}.data")
+            staged.replace(path)
     except OSError as error:
         raise OutputError(f"output {path}: cannot be written ({error.strerror or error})") from error
 
 
 def write_text(text: str, path: Path) -> None:
-    """Write a report as `write_model` writes a model."""
+    """Write a report as `write_model` writes a model.
+
+    Raises:
+        OutputError: the disk refuses.
+    """
     try:
         with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}.") as folder:
             staged = Path(folder) / path.name
             staged.write_text(text, encoding="utf-8")
-            os.replace(staged, path)
+            staged.replace(path)
     except OSError as error:
         raise OutputError(f"output {path}: cannot be written ({error.strerror or error})") from error

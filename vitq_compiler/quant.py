@@ -49,13 +49,12 @@ class QuantSpec:
 
     @property
     def quant_min(self) -> int:
-        if not self.signed:
-            return 0
-        return -(2 ** (self.bits - 1)) + (1 if self.symmetric else 0)
+        half = 1 << (self.bits - 1)
+        return (1 if self.symmetric else 0) - half if self.signed else 0
 
     @property
     def quant_max(self) -> int:
-        return 2 ** (self.bits - 1) - 1 if self.signed else 2**self.bits - 1
+        return (1 << (self.bits - 1 if self.signed else self.bits)) - 1
 
 
 @dataclass(frozen=True)
@@ -112,15 +111,15 @@ def from_range(low: Float, high: Float, spec: QuantSpec, axis: int | None = None
         with np.errstate(divide="ignore", invalid="ignore"):
             zero_point = np.where(scale > 0, np.clip(np.rint(spec.quant_min - low / scale), spec.quant_min, spec.quant_max), spec.quant_min)
     smallest = np.finfo(np.float32).tiny * 2.0**24  # a constant zero channel still needs a positive, normal scale
-    scale = np.maximum(scale, smallest).astype(np.float32)
-    return QuantParams(scale, zero_point.astype(np.int32), axis, spec.quant_min, spec.quant_max)
+    return QuantParams(np.maximum(scale, smallest).astype(np.float32), zero_point.astype(np.int32), axis, spec.quant_min, spec.quant_max)
 
 
 def quantize(x: Float, params: QuantParams) -> NDArray[Any]:
     """Codes of ``x``, in the container type."""
     scale, zero_point = _spread(params, x.ndim)
     codes = np.rint(np.asarray(x, np.float32) / scale) + zero_point
-    return np.clip(codes, params.quant_min, params.quant_max).astype(params.dtype)
+    clipped: NDArray[Any] = np.clip(codes, params.quant_min, params.quant_max).astype(params.dtype)
+    return clipped
 
 
 def dequantize(codes: NDArray[Any], params: QuantParams) -> NDArray[np.float32]:

@@ -43,7 +43,9 @@ class Recipe:
 
 def recipe_names() -> tuple[str, ...]:
     """The recipes that come with the package."""
-    return tuple(sorted(f.name.removesuffix(".toml") for f in resources.files("vitq_compiler.recipes").iterdir() if f.name.endswith(".toml")))
+    return tuple(
+        sorted(f.name.removesuffix(".toml") for f in resources.files("vitq_compiler.recipes").iterdir() if f.name.endswith(".toml"))
+    )
 
 
 def load_recipe(name: str) -> Recipe:
@@ -61,7 +63,9 @@ def load_recipe(name: str) -> Recipe:
         text, label = resources.files("vitq_compiler.recipes").joinpath(f"{name}.toml").read_text(encoding="utf-8"), name
     else:
         near = difflib.get_close_matches(name, recipe_names(), 1)
-        raise RecipeError(f"recipe {name!r} is unknown{f', did you mean {near[0]}' if near else ''}: see --list-recipes, or give a .toml file")
+        raise RecipeError(
+            f"recipe {name!r} is unknown{f', did you mean {near[0]}' if near else ''}: see --list-recipes, or give a .toml file"
+        )
     try:
         table = tomllib.loads(text)
     except tomllib.TOMLDecodeError as error:

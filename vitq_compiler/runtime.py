@@ -19,11 +19,13 @@ PROTOBUF_LIMIT = 2**31 - 2**20  # bytes; a larger model must go through files wi
 ort.set_default_logger_severity(3)
 
 
-def session(model: onnx.ModelProto | Path, *, threads: int = 0, optimize: bool = True, optimized_path: Path | None = None) -> ort.InferenceSession:
+def session(
+    model: Graph | onnx.ModelProto | Path, *, threads: int = 0, optimize: bool = True, optimized_path: Path | None = None
+) -> ort.InferenceSession:
     """An ONNX Runtime session on the CPU.
 
     Args:
-        model: the graph, or a file (needed for external data).
+        model: a graph, whose weights are then shared and not copied; a ModelProto; or a file.
         threads: intra-op threads; 0 lets the runtime choose.
         optimize: run the graph optimizer.
         optimized_path: also write the optimized graph here.
@@ -39,6 +41,11 @@ def session(model: onnx.ModelProto | Path, *, threads: int = 0, optimize: bool =
     if optimized_path is not None:
         options.optimized_model_filepath = str(optimized_path)
     try:
+        if isinstance(model, Graph):
+            light, weights = model.without_weights()
+            if weights:
+                options.add_external_initializers(list(weights), [ort.OrtValue.ortvalue_from_numpy(w) for w in weights.values()])
+            return ort.InferenceSession(light.SerializeToString(), options, providers=["CPUExecutionProvider"])
         if isinstance(model, Path):
             return ort.InferenceSession(str(model), options, providers=["CPUExecutionProvider"])
         if model.ByteSize() < PROTOBUF_LIMIT:
@@ -64,7 +71,7 @@ def probe(graph: Graph, tensors: Iterable[str], feeds: Sequence[Feed], *, thread
     names = list(dict.fromkeys(tensors))
     copy = graph.snapshot()
     copy.set_outputs(copy.tensor(name) for name in names)
-    runtime = session(copy.to_proto(), threads=threads)
+    runtime = session(copy, threads=threads)
     return [dict(zip(names, run(runtime, feed), strict=True)) for feed in feeds]
 
 

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import os
 import time
 from collections.abc import Iterable
-from pathlib import Path
 
 import numpy as np
 import onnx
@@ -22,7 +20,9 @@ ROUNDS = 15
 SECONDS_PER_SETTING = 1.0  # timing stops after this, with at least three rounds
 
 
-def compare_outputs(floating: ort.InferenceSession, integer: ort.InferenceSession, batches: Iterable[Feed], total: int, progress: Progress) -> tuple[OutputRow, ...]:
+def compare_outputs(
+    floating: ort.InferenceSession, integer: ort.InferenceSession, batches: Iterable[Feed], total: int, progress: Progress
+) -> tuple[OutputRow, ...]:
     """Every output of two sessions on the same batches."""
     names = [o.name for o in floating.get_outputs()]
     pairs: list[tuple[list[Array], list[Array]]] = []
@@ -58,7 +58,7 @@ def compare_blocks(floating: Graph, integer: Graph, edges: dict[str, Edge], feed
         for tensor in tensors:
             tensor.dtype = np.dtype(np.float32)
         copy.set_outputs(tensors)
-        values.append(run(session(copy.to_proto(), threads=threads), feed, [t.name for t in tensors]))
+        values.append(run(session(copy, threads=threads), feed, [t.name for t in tensors]))
     return tuple(BlockRow(name, metrics.sqnr(a, b)) for name, a, b in zip(edges, *values, strict=True))
 
 
@@ -77,18 +77,13 @@ def time_pair(floating: ort.InferenceSession, integer: ort.InferenceSession, fee
             seconds[id(runtime)] = time.perf_counter() - start
         rounds.append((seconds[id(floating)], seconds[id(integer)]))
     a, b = np.array(rounds).T
-    return LatencyRow(threads, len(next(iter(feed.values()))), float(np.median(a) * 1e3), float(np.median(b) * 1e3), float(np.median(b / a)))
-
-
-def time_threads(model: Path, integer: onnx.ModelProto, pair: tuple[ort.InferenceSession, ort.InferenceSession], feed: Feed, threads: int) -> tuple[LatencyRow, ...]:
-    """Latency with one thread and with all of them (``pair`` are sessions with ``threads`` of them)."""
-    every = threads or os.cpu_count() or 1
-    rows = [] if every == 1 else [time_pair(session(model, threads=1), session(integer, threads=1), feed, 1)]
-    return (*rows, time_pair(*pair, feed, every))
+    return LatencyRow(
+        threads, len(next(iter(feed.values()))), float(np.median(a) * 1e3), float(np.median(b) * 1e3), float(np.median(b / a))
+    )
 
 
 def kernels(optimized: onnx.ModelProto) -> dict[str, str]:
-    """Weight tensor -> op type of the node that reads it in the runtime's optimized graph, through shape operations and DequantizeLinear."""
+    """Weight tensor -> op type of its reader in the runtime's optimized graph, through shape operations and DequantizeLinear."""
     found: dict[str, str] = {}
     source = {t.name: t.name for t in optimized.graph.initializer}
     for node in optimized.graph.node:

@@ -57,11 +57,13 @@ class Parity:
             return
         for name, graph in pending:
             if (fault := self._fault(graph)) is not None:
-                raise InvariantError(f"pass {name} changed the float outputs ({fault}); leave it out with --passes, and please report the model")
+                raise InvariantError(
+                    f"pass {name} changed the float outputs ({fault}); leave it out with --passes, and please report the model"
+                )
 
     def _fault(self, graph: Graph) -> str | None:
         try:
-            outputs = run(session(graph.to_proto(), threads=self.threads), self.feed)
+            outputs = run(session(graph, threads=self.threads), self.feed)
         except TargetError as error:
             return str(error)
         errors = [max_relative_error(a, b) for a, b in zip(self.reference, outputs, strict=True) if a.dtype.kind == "f"]

@@ -119,7 +119,9 @@ def _scores(softmax: Node) -> tuple[Node, float, Tensor | None]:
             raise MatchFailure("the scores are scaled by a tensor", node.name)
         scale = scale * number if node.op == "Mul" else scale / number
     if node is None or node.op != "MatMul" or is_constant(node.inputs[1]):
-        raise MatchFailure(f"the softmax input comes from {node.op if node else 'a graph input'}, not from a product of activations", softmax.name)
+        raise MatchFailure(
+            f"the softmax input comes from {node.op if node else 'a graph input'}, not from a product of activations", softmax.name
+        )
     return node, scale, mask
 
 
@@ -141,7 +143,9 @@ def _head_view(view: View, index: NDArray[np.int64], by_output: dict[int, Linear
         raise MatchFailure(f"an operand is viewed from {len(view.source_shape)} axes", linear.name)
     batch, tokens, features = view.source_shape
     columns = index[0, :, 0, :]
-    expected = (np.arange(batch)[:, None, None, None] * tokens + np.arange(tokens)[None, None, :, None]) * features + columns[None, :, None, :]
+    expected = (np.arange(batch)[:, None, None, None] * tokens + np.arange(tokens)[None, None, :, None]) * features + columns[
+        None, :, None, :
+    ]
     if index.shape != expected.shape or not np.array_equal(index, expected):
         raise MatchFailure("an operand is no split of a Linear into heads over the same tokens", linear.name)
     return HeadView(linear, columns.reshape(-1))
@@ -159,7 +163,9 @@ def _projection(context: Node, heads: int, by_matmul: dict[int, Linear]) -> Line
             if view.source is not context.outputs[0] or view.index.ndim != 3:
                 break
             batch, tokens, features = view.index.shape
-            merged = np.arange(view.index.size).reshape(batch, heads, tokens, features // heads).swapaxes(1, 2).reshape(batch, tokens, features)
+            merged = (
+                np.arange(view.index.size).reshape(batch, heads, tokens, features // heads).swapaxes(1, 2).reshape(batch, tokens, features)
+            )
             if not np.array_equal(view.index, merged):
                 raise MatchFailure("the heads are not merged in order", node.name)
             return linear
@@ -170,7 +176,9 @@ def _projection(context: Node, heads: int, by_matmul: dict[int, Linear]) -> Line
 def _only_reader(tensor: Tensor, *ops: str) -> Node:
     nodes = readers(tensor)
     if len(nodes) != 1 or nodes[0].op not in ops:
-        raise MatchFailure(f"{tensor.name} is read by {', '.join(n.op for n in nodes) or 'nothing'}, not by one {' or '.join(ops)}", tensor.name)
+        raise MatchFailure(
+            f"{tensor.name} is read by {', '.join(n.op for n in nodes) or 'nothing'}, not by one {' or '.join(ops)}", tensor.name
+        )
     return nodes[0]
 
 

@@ -23,7 +23,7 @@ class Mlp:
 def find_mlps(graph: Graph, linears: list[Linear]) -> list[Mlp]:
     """All MLPs whose two Linear layers are joined by one activation, in graph order."""
     by_output = {id(linear.output): linear for linear in linears}
-    found = []
+    found: list[Mlp] = []
     for fc2 in linears:
         activation = producer(fc2.input)
         if activation is None:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from vitq_compiler.blocks.linear import Linear
-from vitq_compiler.graph import Graph, Node, Tensor, is_constant, producer, value
+from vitq_compiler.graph import Graph, Node, Tensor, producer, value
 from vitq_compiler.quant import Edge, QuantParams
 from vitq_compiler.target import Rule, Target
 
@@ -38,7 +38,11 @@ class Onnxruntime(Target):
     rules = (
         Rule("QuantizeLinear", lambda n: len(n.inputs) == 3, "has no zero point, so the runtime fuses nothing with it"),
         Rule("DequantizeLinear", lambda n: len(n.inputs) == 3, "has no zero point, so the runtime fuses nothing with it"),
-        Rule("QuantizeLinear", lambda n: n.outputs[0].dtype == np.uint8, "quantizes to int8, which this runtime leaves in float where several nodes read it"),
+        Rule(
+            "QuantizeLinear",
+            lambda n: n.outputs[0].dtype == np.uint8,
+            "quantizes to int8, which this runtime leaves in float where several nodes read it",
+        ),
         Rule(
             "Gemm",
             lambda n: not _is_dequantized(n.inputs[1], np.int8) or (len(n.inputs) < 3 or _is_dequantized(n.inputs[2], np.int32)),
@@ -69,7 +73,7 @@ class Onnxruntime(Target):
 def _to_gemm(graph: Graph, linear: Linear, activation: QuantParams, weight: QuantParams, flat: dict[str, Tensor]) -> str:
     """Rewrite one quantized Linear; returns why not, or an empty string."""
     dequantize = producer(linear.input)
-    assert dequantize is not None and dequantize.op == "DequantizeLinear"
+    assert dequantize is not None  # insert-qdq put it there
     rank = len(linear.output.shape or ())  # the input's shape changes with the first of its readers
     middle = list(linear.output.shape or ())[1:-1]
     if rank < 2 or not all(isinstance(d, int) and d > 0 for d in middle):
@@ -92,7 +96,7 @@ def _flatten(graph: Graph, dequantize: Node, features: int, flat: dict[str, Tens
     key = dequantize.name
     if key not in flat:
         quantize = producer(dequantize.inputs[0])
-        assert quantize is not None and quantize.op == "QuantizeLinear"
+        assert quantize is not None  # likewise
         source, codes = quantize.inputs[0], quantize.outputs[0]
         shape = graph.constant(f"{source.name}/flat", np.array([-1, features], np.int64))
         matrix = graph.insert("Reshape", [source, shape], name=f"{source.name}/flatten", like=source)
@@ -104,7 +108,7 @@ def _flatten(graph: Graph, dequantize: Node, features: int, flat: dict[str, Tens
 
 def _integer_bias(graph: Graph, linear: Linear, activation: QuantParams, weight: QuantParams) -> Tensor:
     """The bias as int32 codes at scale activation * weight, the unit of the kernel's accumulator."""
-    assert linear.bias is not None and is_constant(linear.bias)
+    assert linear.bias is not None  # checked by the caller
     bias = value(linear.bias).astype(np.float64)
     scale = (activation.scale * weight.scale).astype(np.float32)
     codes = np.rint(bias / scale.astype(np.float64))

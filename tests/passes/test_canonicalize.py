@@ -1,0 +1,246 @@
+"""canonicalize: constants, shape arithmetic, no-ops, sharing."""
+
+import numpy as np
+import onnx
+import pytest
+
+from tests.builders import (
+    DIALECTS,
+    Dialect,
+    Sizes,
+    assert_golden,
+    changes_of,
+    compilation,
+    difference,
+    feed_of,
+    graph_of,
+    model_of,
+    ops,
+    run_model,
+    vit,
+)
+from vitq_compiler.graph import Graph, is_constant, value
+from vitq_compiler.pipeline import Compilation
+
+CLASS_TOKEN = """g (float[B, 3, 4] x) => (float[B, 12] y) {
+    s = Shape(x)
+    b = Gather <axis = 0> (s, zero)
+    b1 = Unsqueeze(b, axes)
+    shape = Concat <axis = 0> (b1, ones)
+    token = Expand(class_token, shape)
+    both = Concat <axis = 1> (token, x)
+    kept = Slice(both, axes, three, one)
+    flat = Concat <axis = 0> (b1, minus)
+    y = Reshape(kept, flat)
+}"""
+CLASS_TOKEN_WEIGHTS = {
+    "zero": np.array(0),
+    "axes": np.array([0]),
+    "ones": np.array([1, 4]),
+    "three": np.array([3]),
+    "one": np.array([1]),
+    "minus": np.array([-1]),
+    "class_token": np.array([[[1, 2, 3, 4]]], np.float32),
+}
+
+
+def canonical(text: str, **weights: np.ndarray) -> tuple[Graph, int, Compilation]:
+    """The graph after the pass, the number of changes; outputs are unchanged and a second run does nothing."""
+    c = compilation(graph_of(text, **weights))
+    feed = feed_of(c.graph)
+    before = run_model(c.graph, feed)
+    changes = changes_of(c, "canonicalize")
+    assert difference(before, run_model(c.graph, feed)) <= 1e-6
+    onnx.checker.check_model(c.graph.to_proto())
+    assert changes_of(c, "canonicalize") == 0
+    return c.graph, changes, c
+
+
+def test_golden_shape_arithmetic() -> None:
+    graph, changes, _ = canonical(CLASS_TOKEN, **CLASS_TOKEN_WEIGHTS)
+    assert changes == 2
+    assert ops(graph).count("Shape") == 1
+    assert_golden(graph, "canonicalize_class_token")
+
+
+def test_the_result_takes_any_batch() -> None:
+    graph, _, _ = canonical(CLASS_TOKEN, **CLASS_TOKEN_WEIGHTS)
+    for batch in (1, 5):
+        feed = feed_of(graph, batch)
+        assert difference(run_model(model_of(CLASS_TOKEN, **CLASS_TOKEN_WEIGHTS), feed), run_model(graph, feed)) == 0
+
+
+@pytest.mark.parametrize(
+    ("attribute", "array"),
+    [
+        ("value = float[2] {1.5, 2}", np.array([1.5, 2], np.float32)),
+        ("value_float = 1.5", np.array(1.5, np.float32)),
+        ("value_floats = [1.5, 2.0]", np.array([1.5, 2], np.float32)),
+        ("value_int = 3", np.array(3, np.int64)),
+        ("value_ints = [3, 4]", np.array([3, 4], np.int64)),
+    ],
+)
+def test_constant_nodes_of_every_kind(attribute: str, array: np.ndarray) -> None:
+    kind = "y = Mul(x, k)" if array.dtype == np.float32 else "f = Cast <to = 1> (k) y = Mul(x, f)"
+    c = compilation(graph_of(f"g (float[B, 2] x) => (float[B, 2] y) {{ k = Constant <{attribute}> () {kind} }}"))
+    feed = feed_of(c.graph)
+    before = run_model(c.graph, feed)
+    assert changes_of(c, "canonicalize") >= 1
+    assert ops(c.graph) == ["Mul"]
+    held = next(t for t in c.graph.nodes[0].inputs if is_constant(t))
+    np.testing.assert_array_equal(value(held), array)
+    assert difference(before, run_model(c.graph, feed)) == 0
+
+
+def test_constant_expressions_are_folded() -> None:
+    graph, changes, _ = canonical(
+        "g (float[B, 3] x) => (float[B, 2] y) { t = Transpose(w) s = Mul(t, two) y = MatMul(x, s) }",
+        w=np.arange(6, dtype=np.float32).reshape(2, 3),
+        two=np.array(2, np.float32),
+    )
+    assert (ops(graph), changes) == (["MatMul"], 1)
+    np.testing.assert_array_equal(value(graph.nodes[0].inputs[1]), 2 * np.arange(6).reshape(2, 3).T)
+
+
+def test_a_constant_output_is_kept_as_an_output() -> None:
+    graph, _, _ = canonical("g (float[B, 2] x) => (float[B, 2] y, float[2] z) { y = Relu(x) z = Neg(w) }", w=np.ones(2, np.float32))
+    assert graph.output_names == ["y", "z"]
+
+
+def test_random_numbers_are_not_folded() -> None:
+    c = compilation(graph_of("g (float[2, 2] x) => (float[2, 2] y) { r = RandomNormal <shape = [2, 2]> () y = Add(x, r) }"))
+    changes_of(c, "canonicalize")
+    assert ops(c.graph) == ["RandomNormal", "Add"]
+
+
+def test_rows_repeated_along_the_batch_become_one_row() -> None:
+    text = """g (float[B, 4] x) => (float[B, 4] y) {
+        s = Shape <start = 0, end = 1> (x) full = Concat <axis = 0> (s, four) mask = Expand(w, full) y = Add(x, mask)
+    }"""
+    uniform, _, _ = canonical(text, four=np.array([4]), w=np.full((1, 4), 3, np.float32))
+    assert ops(uniform) == ["Add"], "equal numbers need no batch at all"
+    rows, _, _ = canonical(text, four=np.array([4]), w=np.arange(4, dtype=np.float32)[None])
+    assert ops(rows) == ["Shape", "Concat", "Expand", "Add"]
+
+
+def test_dynamic_image_sizes_keep_their_arithmetic() -> None:
+    text = """g (float[B, 3, H, W] x) => (float[B, 3, N] y) {
+        s = Shape <start = 0, end = 2> (x) t = Concat <axis = 0> (s, minus) y = Reshape(x, t)
+    }"""
+    graph, _, c = canonical(text, minus=np.array([-1]))
+    assert ops(graph) == ["Shape", "Concat", "Reshape"]
+    assert [note.reason for note in c.notes][0] == "input sizes ['H', 'W'] are dynamic, so shape arithmetic is kept"
+    for size in (4, 6):
+        assert run_model(graph, {"x": np.zeros((1, 3, size, 5), np.float32)})[0].shape == (1, 3, 5 * size)
+
+
+NO_OPS = {
+    "Identity": "a = Relu(x) b = Identity(a) y = Neg(b)",
+    "Dropout": "a = Relu(x) b = Dropout(a) y = Neg(b)",
+    "Cast": "a = Relu(x) b = Cast <to = 1> (a) y = Neg(b)",
+    "plus zero": "a = Relu(x) b = Add(a, zero) y = Neg(b)",
+    "zero plus": "a = Relu(x) b = Add(zero, a) y = Neg(b)",
+    "times one": "a = Relu(x) b = Mul(a, one) y = Neg(b)",
+    "one times": "a = Relu(x) b = Mul(one, a) y = Neg(b)",
+    "times [1]": "a = Relu(x) b = Mul(a, row) y = Neg(b)",
+    "where true": "a = Relu(x) n = Neg(x) b = Where(yes, a, n) y = Neg(b)",
+    "several": "a = Relu(x) b = Identity(a) d = Mul(one, b) e = Dropout(d) y = Neg(e)",
+}
+NUMBERS = {
+    "zero": np.array(0, np.float32),
+    "one": np.array(1, np.float32),
+    "row": np.array([1], np.float32),
+    "cube": np.ones((1, 1, 1), np.float32),
+    "yes": np.array([True]),
+    "no": np.array([False]),
+    "two": np.array(2, np.float32),
+    "vector": np.array([1, 1, 1, 1], np.float32),
+}
+
+
+def numbers(text: str) -> dict[str, np.ndarray]:
+    return {name: array for name, array in NUMBERS.items() if name in text.replace(",", " ").replace("(", " ").replace(")", " ").split()}
+
+
+@pytest.mark.parametrize("text", NO_OPS.values(), ids=NO_OPS)
+def test_no_ops_go(text: str) -> None:
+    graph, changes, _ = canonical(f"g (float[B, 4] x) => (float[B, 4] y) {{ {text} }}", **numbers(text))
+    assert ops(graph) == ["Relu", "Neg"]
+    assert changes >= 1
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "b = Cast <to = 6> (x) y = Cast <to = 1> (b)",
+        "a = Relu(x) y = Add(a, one)",
+        "a = Relu(x) y = Mul(a, two)",
+        "a = Relu(x) y = Sub(zero, a)",
+        "a = Relu(x) n = Neg(x) c = Greater(x, zero) y = Where(c, a, n)",
+    ],
+)
+def test_what_only_looks_like_a_no_op_stays(text: str) -> None:
+    graph, _, _ = canonical(f"g (float[B, 4] x) => (float[B, 4] y) {{ {text} }}", **numbers(text))
+    assert ops(graph) == ops(graph_of(f"g (float[B, 4] x) => (float[B, 4] y) {{ {text} }}", **numbers(text)))
+
+
+def test_a_product_with_one_that_adds_axes_stays() -> None:
+    graph, _, _ = canonical("g (float[B, 4] x) => (float[1, B, 4] y) { a = Relu(x) y = Mul(a, cube) }", cube=NUMBERS["cube"])
+    assert ops(graph) == ["Relu", "Mul"]
+
+
+def test_a_choice_that_broadcasts_stays() -> None:
+    text = "g (float[B, 4] x) => (float[B, 4] y) { a = ReduceMax <keepdims = 1> (x, axes) y = Where(yes, a, x) }"
+    graph, _, _ = canonical(text, axes=np.array([1]), yes=NUMBERS["yes"])
+    assert "Where" in ops(graph)
+
+
+def test_identities_between_inputs_and_outputs() -> None:
+    graph, _, _ = canonical("g (float[B, 4] x) => (float[B, 4] y, float[B, 4] z) { y = Identity(x) a = Relu(x) z = Identity(a) }")
+    assert sorted(ops(graph)) == ["Identity", "Relu"]
+    assert graph.output_names == ["y", "z"]
+
+
+def test_one_tensor_as_two_outputs() -> None:
+    graph, _, _ = canonical("g (float[B, 4] x) => (float[B, 4] y, float[B, 4] z) { y = Relu(x) z = Identity(y) }")
+    assert ops(graph) == ["Relu", "Identity"]
+
+
+def test_nan_guards_behind_a_softmax_go() -> None:
+    text = "s = Softmax(x) n = IsNaN(s) g = Where(n, zero, s) y = Neg(g)"
+    graph, _, _ = canonical(f"g (float[B, 4] x) => (float[B, 4] y) {{ {text} }}", **numbers(text))
+    assert ops(graph) == ["Softmax", "Neg"]
+    text = "s = Relu(x) n = IsNaN(s) g = Where(n, zero, s) y = Neg(g)"
+    graph, _, _ = canonical(f"g (float[B, 4] x) => (float[B, 4] y) {{ {text} }}", **numbers(text))
+    assert "IsNaN" in ops(graph), "only a softmax cannot be NaN"
+
+
+def test_shared_weights_are_copied_and_shared_integers_are_not() -> None:
+    graph, changes, _ = canonical(
+        "g (float[B, 2] x) => (float[B, 2] y) { a = MatMul(x, w) b = MatMul(a, w) d = Unsqueeze(b, axis) y = Squeeze(d, axis) }",
+        w=np.array([[1, 2], [3, 4]], np.float32),
+        axis=np.array([0]),
+    )
+    first, second = graph.find("MatMul")
+    assert changes == 1
+    assert first.inputs[1] is not second.inputs[1]
+    np.testing.assert_array_equal(value(first.inputs[1]), value(second.inputs[1]))
+    assert graph.find("Unsqueeze")[0].inputs[1] is graph.find("Squeeze")[0].inputs[1]
+
+
+def test_a_constant_read_twice_by_one_node() -> None:
+    graph, _, _ = canonical("g (float[B, 2] x) => (float[B, 2] y) { a = Clip(x, w, w) y = Relu(a) }", w=np.array(1, np.float32))
+    assert ops(graph) == ["Clip", "Relu"]
+
+
+@pytest.mark.parametrize("dialect", DIALECTS.values(), ids=DIALECTS)
+def test_no_dialect_keeps_shape_arithmetic(dialect: Dialect) -> None:
+    c = compilation(vit(Sizes(depth=1), dialect))
+    feed = feed_of(c.graph)
+    before = run_model(c.graph, feed)
+    changes_of(c, "canonicalize")
+    assert not {"Constant", "Identity", "Dropout", "Cast", "Unsqueeze"} & set(ops(c.graph))
+    assert ops(c.graph).count("Shape") <= 1
+    assert all(is_constant(node.inputs[1]) for node in c.graph.find("Reshape"))
+    assert difference(before, run_model(c.graph, feed)) <= 1e-6
+    assert changes_of(c, "canonicalize") == 0
