@@ -173,8 +173,7 @@ def export(model: nn.Module, path: Path) -> None:
         (torch.zeros(2, 3, 32, 32),),
         input_names=["pixel_values"],
         output_names=["logits"],
-        dynamic_shapes={"pixel_values": {0: torch.export.Dim("batch")}, "kept_patches": None},
-        kwargs={"kept_patches": None},
+        dynamic_shapes=({0: torch.export.Dim("batch")},),
         opset_version=20,
         dynamo=True,
     )

@@ -1,5 +1,6 @@
 """Sessions, probes and the optimizer's view."""
 
+import gc
 from pathlib import Path
 
 import numpy as np
@@ -26,8 +27,18 @@ def test_session_from_a_proto_and_from_a_file(tmp_path: Path) -> None:
     path = tmp_path / "m.onnx"
     onnx.save(model, path)
     x = np.array([[-1, 2, -3, 4]], np.float32)
-    for source in (model, path):
+    for source in (model, path, graph_of(DOUBLE_RELU)):
         np.testing.assert_array_equal(runtime.run(runtime.session(source, threads=1), {"x": x})[0], np.maximum(x, 0))
+
+
+def test_a_session_from_a_graph_outlives_its_weights() -> None:
+    graph = graph_of("g (float[B, 4096] x) => (float[B, 4096] y) { y = Add(x, w) }", w=np.ones(4096, np.float32))
+    session = runtime.session(graph, threads=1)
+    graph.tensor("w").values = np.full(4096, 2, np.float32)
+    gc.collect()
+    others = [np.full(4096, 7, np.float32) for _ in range(100)]
+    np.testing.assert_array_equal(runtime.run(session, {"x": np.zeros((1, 4096), np.float32)})[0], 1)
+    assert len(others) == 100
 
 
 def test_outputs_can_be_chosen() -> None:
