@@ -36,7 +36,7 @@ class Annotate(Pass):
         for node in c.annotations.patch_embeddings:
             self._specify(c, node, "patch_embed")
         if not c.specs:
-            raise ModelError("nothing is left to quantize: every Linear is excluded or of a role that the recipe keeps in float")
+            raise ModelError("every Linear is excluded or of a role that the recipe keeps in float; leave one to quantize")
         return len(c.specs)
 
     def _specify(self, c: Compilation, node: Node, role: str) -> None:

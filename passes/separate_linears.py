@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from vitq_compiler.graph import Graph, Node, is_constant, producer, value
+from vitq_compiler.graph import Graph, Node, Tensor, is_constant, producer, value
 from vitq_compiler.pipeline import Compilation, Fact, Pass
 
 
@@ -35,7 +35,7 @@ class SeparateLinears(Pass):
 def _split_gemm(graph: Graph, node: Node) -> int:
     x, weight, *rest = node.inputs
     bias = rest[0] if rest and rest[0].name else None
-    if not is_constant(weight) or node.attrs.get("transA", 0) or (bias is not None and not is_constant(bias)):
+    if not is_constant(weight) or node.attrs.get("transA", 0) or not (bias is None or _is_per_feature(bias, node)):
         return 0
     matrix = value(weight).T if node.attrs.get("transB", 0) else value(weight)
     matrix = np.float32(node.attrs.get("alpha", 1.0)) * matrix
@@ -46,6 +46,12 @@ def _split_gemm(graph: Graph, node: Node) -> int:
     graph.replace(node.outputs[0], output)
     graph.remove(node)
     return 1
+
+
+def _is_per_feature(bias: Tensor, node: Node) -> bool:
+    """Whether ``bias`` is one number, or one per output feature; Gemm also takes one per row."""
+    features = value(node.inputs[1]).shape[0 if node.attrs.get("transB", 0) else 1]
+    return is_constant(bias) and (value(bias).size == 1 or (value(bias).size == features and value(bias).shape[-1] == features))
 
 
 def _order_bias(node: Node) -> int:

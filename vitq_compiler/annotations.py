@@ -8,9 +8,11 @@ from vitq_compiler.blocks.attention import Attention, find_attention
 from vitq_compiler.blocks.linear import Linear, find_linears
 from vitq_compiler.blocks.mlp import Mlp, find_mlps
 from vitq_compiler.blocks.patch_embed import find_patch_embeddings
-from vitq_compiler.graph import Graph, Node, Tensor, readers
+from vitq_compiler.graph import Graph, Node, Tensor, is_constant, producer, readers
 from vitq_compiler.pattern import MatchFailure
 from vitq_compiler.quant import Edge
+
+CLASSWISE = frozenset({"Softmax", "LogSoftmax", "Sigmoid", "Identity", "Add", "Mul", "Div"})  # what may follow a head
 
 
 @dataclass
@@ -24,6 +26,7 @@ class Annotations:
         patch_embeddings: Conv nodes that turn the image into tokens.
         failures: structures that were almost an attention block, and why not.
         block_edges: block name -> the first edge that reads the result of the block.
+        class_outputs: graph outputs that hold one number per class: a head, at most through softmax and the like.
     """
 
     linears: list[Linear] = field(default_factory=list)
@@ -32,6 +35,7 @@ class Annotations:
     patch_embeddings: list[Node] = field(default_factory=list)
     failures: list[MatchFailure] = field(default_factory=list)
     block_edges: dict[str, Edge] = field(default_factory=dict)
+    class_outputs: frozenset[str] = frozenset()
 
     @property
     def by_matmul(self) -> dict[int, Linear]:
@@ -59,7 +63,17 @@ def understand(graph: Graph) -> Annotations:
     found.block_edges = {
         linear.block: edge for linear in linears if linear.role in ("proj", "fc2") and (edge := _reading_edge(linear.output))
     }
+    heads = {id(linear.output) for linear in linears if linear.role == "head"}
+    found.class_outputs = frozenset(t.name for t in graph.outputs if _holds_classes(t, heads))
     return found
+
+
+def _holds_classes(tensor: Tensor, heads: set[int]) -> bool:
+    node = producer(tensor)
+    if id(tensor) in heads or node is None:
+        return id(tensor) in heads
+    activations = [t for t in node.inputs if not is_constant(t)]
+    return node.op in CLASSWISE and all(_holds_classes(t, heads) for t in activations)
 
 
 def _reading_edge(tensor: Tensor) -> Edge | None:

@@ -7,6 +7,7 @@ import tempfile
 import time
 from collections.abc import Sequence
 from importlib.metadata import version
+from math import isnan, nan
 from pathlib import Path
 
 import onnx
@@ -15,7 +16,7 @@ import onnxruntime as ort
 from vitq_compiler import runtime, validation
 from vitq_compiler.catalog import load_target, pipeline_for
 from vitq_compiler.data import Data, open_data
-from vitq_compiler.errors import RecipeError
+from vitq_compiler.errors import ModelError, RecipeError
 from vitq_compiler.graph import Graph
 from vitq_compiler.model_io import check_output, convert_opset, file_bytes, read_model, write_model
 from vitq_compiler.pipeline import Compilation, Progress, silent
@@ -82,8 +83,9 @@ def compile(
     pipeline = pipeline_for(plan, chosen, passes)
     if missing := [name for name in dump_after if name not in {p.name for p in pipeline.passes}]:
         raise RecipeError(f"cannot dump after {missing[0]}: the pipeline has no such pass; see --print-pipeline")
-    if output is not None:
-        check_output(output, model)
+    dumps = {name: (output or model).with_suffix(f".after-{name}.onnx") for name in dump_after}
+    for path in (*([output] if output is not None else ()), *dumps.values()):
+        check_output(path, model)
 
     progress("reading", 0, 1)
     graph = Graph.from_proto(convert_opset(read_model(model), chosen.opset, model))
@@ -102,8 +104,11 @@ def compile(
 
     feed = _probe_batch(graph, data)
     parity = Parity(feed, runtime.run(runtime.session(model, threads=threads), feed, graph.output_names), threads)
-    dump = Dump(dump_after, lambda name, proto: write_model(proto, (output or model).with_suffix(f".after-{name}.onnx")))
-    results = pipeline.run(c, (parity, Structure(), dump))
+    dump = Dump(dump_after, lambda name, proto: write_model(proto, dumps[name]))
+    try:
+        results = pipeline.run(c, (parity, Structure(), dump))
+    except ModelError as error:
+        raise ModelError(f"model {model}: {error}") from error  # a pass knows the graph, not the file
     parity.check()
 
     integer = c.graph.to_proto()
@@ -158,7 +163,7 @@ def _judge(model: Path, integer: onnx.ModelProto, c: Compilation, parity: Parity
             pair = runtime.session(model, threads=threads), runtime.session(integer, threads=threads, optimized_path=path)
             if index == 0:
                 kernel_of = validation.kernels(onnx.load(path, load_external_data=False))
-                outputs = validation.compare_outputs(*pair, unseen, count, c.progress)
+                outputs = validation.compare_outputs(*pair, unseen, count, c.annotations.class_outputs, c.progress)
         c.progress("timing", index, 2)
         latency.insert(0, validation.time_pair(*pair, one, threads))
         del pair
@@ -169,10 +174,10 @@ def _judge(model: Path, integer: onnx.ModelProto, c: Compilation, parity: Parity
 def _measure_gates(verdict: Validation, min_sqnr: float | None, min_agreement: float | None) -> tuple[GateRow, ...]:
     gates = []
     if min_sqnr is not None:
-        measured = min((o.sqnr_db for o in verdict.outputs), default=float("nan"))
+        measured = min((o.sqnr_db for o in verdict.outputs if not isnan(o.sqnr_db)), default=nan)
         gates.append(GateRow("min-sqnr", min_sqnr, measured, measured >= min_sqnr))
     if min_agreement is not None:
-        measured = min((o.agreement for o in verdict.outputs if o.agreement is not None), default=float("nan"))
+        measured = min((o.agreement for o in verdict.outputs if o.agreement is not None), default=nan)
         gates.append(GateRow("min-agreement", min_agreement, measured, measured >= min_agreement))
     return tuple(gates)
 

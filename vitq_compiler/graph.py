@@ -109,6 +109,11 @@ class Graph:
         return [InputSpec(t.name, np.dtype(t.dtype), tuple(t.shape or ())) for t in self._gs.inputs]
 
     @property
+    def outputs(self) -> list[Tensor]:
+        """The tensors that the graph gives out."""
+        return list(self._gs.outputs)
+
+    @property
     def output_names(self) -> list[str]:
         """Names of the graph outputs."""
         return [t.name for t in self._gs.outputs]

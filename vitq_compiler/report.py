@@ -71,8 +71,8 @@ class OutputRow:
 
     Attributes:
         name: the output.
-        sqnr_db: 10 log10(sum y^2 / sum (y - y_int)^2); infinite where equal.
-        cosine: cosine similarity of the flattened outputs.
+        sqnr_db: 10 log10(sum y^2 / sum (y - y_int)^2); infinite where equal, NaN where the output is no float.
+        cosine: cosine similarity of the flattened outputs, NaN likewise.
         agreement: part of samples with the same top-1, or None where the output does not look like logits or class ids.
     """
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterable
+from math import nan
 
 import numpy as np
 import onnx
@@ -21,9 +22,14 @@ SECONDS_PER_SETTING = 1.0  # timing stops after this, with at least three rounds
 
 
 def compare_outputs(
-    floating: ort.InferenceSession, integer: ort.InferenceSession, batches: Iterable[Feed], total: int, progress: Progress
+    floating: ort.InferenceSession,
+    integer: ort.InferenceSession,
+    batches: Iterable[Feed],
+    total: int,
+    classes: frozenset[str],
+    progress: Progress,
 ) -> tuple[OutputRow, ...]:
-    """Every output of two sessions on the same batches."""
+    """Every output of two sessions on the same batches; ``classes`` names those of which the largest entry is a decision."""
     names = [o.name for o in floating.get_outputs()]
     pairs: list[tuple[list[Array], list[Array]]] = []
     done = 0
@@ -34,7 +40,9 @@ def compare_outputs(
     rows = []
     for index, name in enumerate(names):
         reference, other = (np.concatenate([np.atleast_1d(p[side][index]) for p in pairs]) for side in (0, 1))
-        rows.append(OutputRow(name, metrics.sqnr(reference, other), metrics.cosine(reference, other), metrics.agreement(reference, other)))
+        decides = name in classes or reference.dtype.kind in "iu"
+        numbers = (metrics.sqnr(reference, other), metrics.cosine(reference, other)) if reference.dtype.kind == "f" else (nan, nan)
+        rows.append(OutputRow(name, *numbers, metrics.agreement(reference, other) if decides else None))
     return tuple(rows)
 
 

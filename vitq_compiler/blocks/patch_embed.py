@@ -16,7 +16,11 @@ def _is_patchify(node: Node) -> bool:
     if not is_constant(node.inputs[1]) or node.attrs.get("group", 1) != 1:
         return False
     kernel = list(node.inputs[1].shape[2:])
-    return list(node.attrs.get("strides", [])) == kernel and not any(node.attrs.get("pads", []))
+    return (
+        list(node.attrs.get("strides", [])) == kernel
+        and not any(node.attrs.get("pads", []))
+        and set(node.attrs.get("dilations", [])) <= {1}
+    )
 
 
 def _reads_input(graph: Graph, tensor: Tensor) -> bool:

@@ -1,0 +1,150 @@
+"""fuse-attention: every way to write it becomes one operator, and what must be left alone."""
+
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import onnx
+import pytest
+
+from tests.builders import (
+    QKV,
+    SCALES,
+    Dialect,
+    Sizes,
+    assert_golden,
+    changes_of,
+    compilation,
+    difference,
+    feed_of,
+    ops,
+    run_model,
+    run_passes,
+    vit,
+)
+from vitq_compiler.passes import fuse_attention
+from vitq_compiler.pipeline import Compilation
+
+FRONT = "canonicalize,recover-layernorm,recover-gelu,separate-linears,fold-layer-scale,annotate"
+
+
+def prepared(model: onnx.ModelProto) -> Compilation:
+    c = compilation(model)
+    run_passes(c, FRONT)
+    return c
+
+
+def fused(c: Compilation) -> int:
+    """Number of blocks fused; outputs are kept to 1e-5."""
+    feed = feed_of(c.graph)
+    before = run_model(c.graph, feed)
+    changes = changes_of(c, "fuse-attention")
+    onnx.checker.check_model(c.graph.to_proto())
+    assert difference(before, run_model(c.graph, feed)) <= 1e-5
+    assert len(c.graph.find("Attention")) == changes
+    return changes
+
+
+@pytest.mark.parametrize("scale", SCALES)
+@pytest.mark.parametrize("qkv", QKV)
+def test_every_dialect(qkv: str, scale: str) -> None:
+    c = prepared(vit(Sizes(depth=2, width=12, heads=3, hidden=8), Dialect(qkv=qkv, scale=scale)))
+    assert fused(c) == 2
+    assert not {"Softmax", "Slice", "Squeeze"} & set(ops(c.graph))
+    assert len(c.graph.find("MatMul")) == len(c.annotations.linears), "the products of activations are gone"
+    for node in c.graph.find("Attention"):
+        assert node.attrs["q_num_heads"] == node.attrs["kv_num_heads"] == 3
+        assert node.attrs["scale"] == pytest.approx(0.5)
+    assert all(attention.fused is not None for attention in c.annotations.attentions)
+
+
+def test_golden() -> None:
+    c = prepared(vit(Sizes(depth=1, width=4, heads=2, hidden=2, classes=2, image=4, patch=2), Dialect(qkv="interleaved", scale="q")))
+    assert fused(c) == 1
+    nodes = c.graph.text().partition("{\n")[2]
+    start = nodes.index("LayerNormalization")
+    lines = nodes[start:].splitlines()
+    end = next(i for i, line in enumerate(lines) if "Attention" in line)
+    assert [line.split("=")[1].split()[0] for line in lines[1 : end + 1]] == ["MatMul", "Add", "Split", "Attention"]
+    assert_golden(c.graph, "fuse_attention", weights=False)
+
+
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("heads", [1, 2, 4])
+def test_heads_and_bias(heads: int, bias: bool) -> None:
+    assert fused(prepared(vit(Sizes(depth=1, width=8, heads=heads, bias=bias), Dialect(qkv="interleaved")))) == 1
+
+
+def edited(edit: Any, dialect: Dialect | None = None) -> Compilation:
+    """A ViT of one block whose graph has been edited."""
+    model = vit(Sizes(depth=1), dialect or Dialect(dynamic=False))
+    edit(model.graph)
+    return prepared(onnx.shape_inference.infer_shapes(model))
+
+
+def node_of(graph: onnx.GraphProto, kind: str, index: int = 0) -> onnx.NodeProto:
+    return [node for node in graph.node if node.op_type == kind][index]
+
+
+@pytest.mark.parametrize("order", [(0, 1), (1, 0)])
+def test_a_mask_is_passed_on(order: tuple[int, int]) -> None:
+    def add_mask(graph: onnx.GraphProto) -> None:
+        mask = np.where(np.arange(25).reshape(1, 1, 5, 5) % 4 == 3, np.float32(-1e4), np.float32(0.5))
+        graph.initializer.append(onnx.numpy_helper.from_array(mask, "mask"))
+        softmax = node_of(graph, "Softmax")
+        operands = [softmax.input[0], "mask"]
+        index = list(graph.node).index(softmax)
+        graph.node.insert(index, onnx.helper.make_node("Add", [operands[i] for i in order], ["masked"], "add_mask"))
+        node_of(graph, "Softmax").input[0] = "masked"
+
+    c = edited(add_mask)
+    assert fused(c) == 1
+    assert len(c.graph.find("Attention")[0].inputs) == 4
+
+
+def probabilities_as_output(graph: onnx.GraphProto) -> None:
+    graph.output.append(onnx.helper.make_tensor_value_info(node_of(graph, "Softmax").output[0], 1, [2, 2, 5, 5]))
+
+
+def test_probabilities_that_are_an_output_too() -> None:
+    c = edited(probabilities_as_output)
+    feed = feed_of(c.graph)
+    before = run_model(c.graph, feed)
+    changes_of(c, "fuse-attention")
+    assert difference(before, run_model(c.graph, feed)) <= 1e-5
+
+
+def qkv_as_output(graph: onnx.GraphProto) -> None:
+    graph.output.append(onnx.helper.make_tensor_value_info(node_of(graph, "Add", 1).output[0], 1, [2, 5, 24]))
+
+
+def test_features_that_others_read_are_not_reordered() -> None:
+    c = edited(qkv_as_output, Dialect(qkv="interleaved", dynamic=False))
+    assert fused(c) == 0
+    (note,) = [note for note in c.notes if note.stage == "fuse-attention"]
+    assert "is read by more than this attention, so its features cannot be reordered" in note.reason
+    assert note.where == c.annotations.attentions[0].softmax.name
+
+
+def test_features_in_order_may_be_read_by_others() -> None:
+    c = edited(qkv_as_output, Dialect(qkv="split", dynamic=False))
+    assert fused(c) == 1
+
+
+def test_a_runtime_without_the_operator(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fuse_attention, "supports", lambda op, opset: False)
+    c = prepared(vit(Sizes(depth=1)))
+    before = c.graph.text()
+    assert changes_of(c, "fuse-attention") == 0
+    assert c.graph.text() == before
+    assert "has no Attention operator" in c.warnings[0]
+    assert [note.stage for note in c.notes][-1] == "fuse-attention"
+
+
+def test_batches_may_differ_afterwards() -> None:
+    c = prepared(vit(replace(Sizes(), depth=1)))
+    model = vit(Sizes(depth=1))
+    assert fused(c) == 1
+    for batch in (1, 3):
+        feed = feed_of(c.graph, batch)
+        assert difference(run_model(model, feed), run_model(c.graph, feed)) <= 1e-5

@@ -1,0 +1,153 @@
+"""linearize-patch-embedding: the convolution as a Linear, and images it cannot cut."""
+
+import numpy as np
+import pytest
+
+from tests.builders import Dialect, Sizes, assert_golden, changes_of, compilation, difference, feed_of, graph_of, ops, run_model, run_passes, vit
+from vitq_compiler.annotations import understand
+from vitq_compiler.pipeline import Compilation
+from vitq_compiler.quant import Edge, QuantSpec
+
+TEXT = "c = Conv <strides = {strides}, kernel_shape = {strides}> (image, w{bias}) r = Reshape(c, shape) t = Transpose <perm = [0, 2, 1]> (r) y = Relu(t)"
+
+
+def embedding(high: int = 2, wide: int = 2, size: str = "4, 8", *, bias: bool = True, text: str = TEXT) -> Compilation:
+    """A patch embedding of 5 channels, annotated, with specs on its edges."""
+    random = np.random.default_rng(0)
+    weights = {"w": random.normal(size=(5, 3, high, wide)).astype(np.float32), "shape": np.array([0, 5, -1])}
+    if bias:
+        weights["c0"] = random.normal(size=5).astype(np.float32)
+    full = text.format(strides=[high, wide], bias=", c0" if bias else "")
+    c = compilation(graph_of(f"g (float[B, 3, {size}] image) => (float y) {{ {full} }}", **{n: a for n, a in weights.items() if n in full}))
+    c.graph.infer_shapes()
+    c.annotations = understand(c.graph)
+    for node in c.annotations.patch_embeddings:
+        for index in (0, 1):
+            c.specs[Edge(node.name, index)] = QuantSpec()
+    return c
+
+
+def linearized(c: Compilation, shape: tuple[int, int] = (4, 8)) -> int:
+    """The changes; outputs are kept to 1e-5."""
+    feed = {"image": np.random.default_rng(1).normal(size=(3, 3, *shape)).astype(np.float32)}
+    c.graph.tensor("y").shape = None
+    before = run_model(c.graph, feed)
+    changes = changes_of(c, "linearize-patch-embedding")
+    assert difference(before, run_model(c.graph, feed)) <= 1e-5
+    return changes
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize(("high", "wide"), [(2, 2), (4, 4), (1, 1), (4, 2), (2, 8)])
+def test_cuts_patches(high: int, wide: int, bias: bool) -> None:
+    c = embedding(high, wide, bias=bias)
+    assert linearized(c) == 1
+    assert ops(c.graph) == ["Reshape", "Transpose", "Reshape", "MatMul", *(["Add"] if bias else []), "Relu"]
+    (linear,) = c.annotations.linears
+    assert (linear.role, linear.in_features, linear.out_features) == ("patch_embed", 3 * high * wide, 5)
+    assert (linear.bias is not None) is bias
+    assert set(c.specs) == {Edge(linear.name, 0), Edge(linear.name, 1)}, "the specs follow"
+    assert c.annotations.patch_embeddings == []
+
+
+def test_golden() -> None:
+    c = embedding()
+    linearized(c)
+    assert_golden(c.graph, "linearize_patch_embedding")
+
+
+def test_flatten_instead_of_reshape() -> None:
+    text = "c = Conv <strides = {strides}> (image, w{bias}) n = Transpose <perm = [0, 2, 3, 1]> (c) r = Reshape(n, rows) y = Relu(r)"
+    random = np.random.default_rng(0)
+    graph = graph_of(
+        f"g (float[B, 3, 4, 8] image) => (float y) {{ {text.format(strides=[2, 2], bias='')} }}",
+        w=random.normal(size=(5, 3, 2, 2)).astype(np.float32),
+        rows=np.array([-1, 8, 5]),
+    )
+    c = compilation(graph)
+    c.graph.infer_shapes()
+    c.annotations = understand(c.graph)
+    assert linearized(c) == 1
+    assert "Conv" not in ops(c.graph)
+
+
+def kept(c: Compilation, shape: tuple[int, int], reason: str) -> None:
+    """The pass leaves ``c`` alone for ``reason`` and takes the specs back."""
+    assert c.specs
+    before = ops(c.graph)
+    assert linearized(c, shape) == 0
+    assert ops(c.graph) == before
+    assert c.specs == {}
+    (note,) = c.notes
+    assert note.reason.startswith("patch embedding stays in float: ")
+    assert reason in note.reason
+
+
+def test_a_dynamic_image_size() -> None:
+    kept(embedding(size="H, W"), (4, 8), "the image size ['H', 'W'] is not a static multiple of the patch [2, 2]")
+
+
+def test_an_image_that_is_no_multiple_of_the_patch() -> None:
+    kept(embedding(size="5, 8"), (5, 8), "the image size [5, 8] is not a static multiple of the patch [2, 2]")
+
+
+@pytest.mark.parametrize(
+    "rest",
+    [
+        "y = Relu(c)",
+        "r = Reshape(c, shape) y = Relu(r)",
+        "r = Reshape(c, shape) t = Transpose <perm = [2, 1, 0]> (r) y = Relu(t)",
+        "r = Reshape(c, shape) t = Transpose <perm = [0, 2, 1]> (r) q = ReduceSum(c) y = Add(t, q)",
+        "p = Transpose <perm = [0, 1, 3, 2]> (c) r = Reshape(p, shape) t = Transpose <perm = [0, 2, 1]> (r) y = Relu(t)",
+    ],
+)
+def test_outputs_that_are_no_tokens(rest: str) -> None:
+    text = "c = Conv <strides = {strides}, kernel_shape = {strides}> (image, w{bias}) " + rest
+    kept(embedding(text=text), (4, 8), "its output is not flattened to [batch, tokens, channels]")
+
+
+@pytest.mark.parametrize(
+    "attributes",
+    ["strides = [1, 1]", "strides = [2, 1]", "strides = [2, 2], pads = [1, 1, 1, 1]", "strides = [4, 4]"],
+)
+def test_overlapping_padded_and_gapped_convolutions_are_none(attributes: str) -> None:
+    c = embedding(text=f"c = Conv <{attributes}> (image, w{{bias}}) y = Relu(c)")
+    assert c.annotations.patch_embeddings == []
+
+
+def test_dilated_convolutions_are_none() -> None:
+    c = embedding(text="c = Conv <strides = [2, 2], dilations = [2, 2]> (image, w{bias}) r = Reshape(c, shape) t = Transpose <perm = [0, 2, 1]> (r) y = Relu(t)")
+    assert c.annotations.patch_embeddings == []
+
+
+def test_an_inner_convolution_is_none() -> None:
+    graph = graph_of(
+        "g (float[B, 3, 4, 4] image) => (float y) { a = Relu(image) b = MaxPool <kernel_shape = [1, 1]> (a) y = Conv <strides = [2, 2]> (b, w) }",
+        w=np.ones((5, 3, 2, 2), np.float32),
+    )
+    assert understand(graph).patch_embeddings == []
+
+
+def test_elementwise_preprocessing_before_it() -> None:
+    text = "n = Sub(image, mean) " + TEXT.replace("(image, w", "(n, w")
+    graph = graph_of(
+        f"g (float[B, 3, 4, 8] image) => (float y) {{ {text.format(strides=[2, 2], bias='')} }}",
+        mean=np.arange(3, dtype=np.float32).reshape(3, 1, 1),
+        w=np.ones((5, 3, 2, 2), np.float32),
+        shape=np.array([0, 5, -1]),
+    )
+    c = compilation(graph)
+    c.graph.infer_shapes()
+    c.annotations = understand(c.graph)
+    assert linearized(c) == 1
+
+
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_in_a_vision_transformer(dynamic: bool) -> None:
+    c = compilation(vit(Sizes(depth=1), Dialect(dynamic=dynamic)))
+    run_passes(c, "canonicalize,recover-gelu,separate-linears,annotate")
+    feed = feed_of(c.graph)
+    before = run_model(c.graph, feed)
+    assert changes_of(c, "linearize-patch-embedding") == 1
+    assert difference(before, run_model(c.graph, feed)) <= 1e-5
+    assert c.annotations.linears[0].role == "patch_embed"
