@@ -36,6 +36,10 @@ def read_model(path: Path) -> onnx.ModelProto:
     if model.functions:
         model = inliner.inline_local_functions(model)
     check_model(model, path)
+    weights = {t.name for t in model.graph.initializer}
+    inputs = [i for i in model.graph.input if i.name not in weights]  # until IR version 3 every weight was an input too
+    del model.graph.input[:]
+    model.graph.input.extend(inputs)
     return model
 
 
