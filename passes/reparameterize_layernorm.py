@@ -21,11 +21,10 @@ from vitq_compiler.calibration import ChannelStatistics
 from vitq_compiler.graph import Graph, Node, value
 from vitq_compiler.pattern import MatchFailure
 from vitq_compiler.pipeline import Compilation, Fact, Pass
-from vitq_compiler.quant import Edge
+from vitq_compiler.quant import Edge, equalizing_scale
 
 CODES = 255
 MIDDLE = 128  # the target zero point Z: ranges end up centred
-DEAD = 1e-3  # a channel is scaled as if its range were at least this part of the median range
 
 
 @dataclass(frozen=True)
@@ -39,8 +38,7 @@ class ReparameterizeLayernorm(Pass):
     strength: float = 0.5
 
     def __post_init__(self) -> None:
-        if not 0 <= self.strength <= 1:
-            raise ValueError(f"strength must lie in 0 to 1, got {self.strength}")
+        equalizing_scale(np.ones(1), self.strength)  # refuses a strength outside 0 to 1
 
     def run(self, c: Compilation) -> int:
         changes = 0
@@ -59,12 +57,11 @@ class ReparameterizeLayernorm(Pass):
 
     def factors(self, seen: ChannelStatistics) -> tuple[np.ndarray, np.ndarray]:
         """(s r2, r1), float32 of shape [channels] each, for the observed channel ranges."""
-        width = np.asarray(seen.high, np.float64) - seen.low
-        step = np.maximum(width, DEAD * max(float(np.median(width)), 1e-12)) / CODES
+        width, scale = equalizing_scale(seen.high - seen.low, self.strength)
+        step = width / CODES
         zero_point = np.rint(-seen.low / step)
         shift = step * (zero_point - MIDDLE)
-        scale = (step / step.mean()) ** self.strength
-        return shift.astype(np.float32), scale.astype(np.float32)
+        return shift.astype(np.float32), scale
 
     def _readers(self, c: Compilation, node: Node) -> list[Linear]:
         linears = sole_readers(node.outputs[0], c.annotations.by_matmul, c.graph)

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from vitq_compiler.errors import ModelError
 from vitq_compiler.graph import Graph
-from vitq_compiler.pipeline import Progress
+from vitq_compiler.progress import Progress
 from vitq_compiler.runtime import Feed, run, session
 
 Vector = NDArray[np.float32]

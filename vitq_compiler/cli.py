@@ -68,6 +68,8 @@ class _Command(click.Command):
         except KeyboardInterrupt:
             return _fail(_interrupted(ctx.params, began), INTERRUPTED, label="")
         except Exception as error:
+            if _is_interrupt(error):
+                return _fail(_interrupted(ctx.params, began), INTERRUPTED, label="")
             # A PassError wraps what a pass did not expect: the way there is worth seeing.
             if ctx.params["verbose"] and (isinstance(error, PassError) or not isinstance(error, VitqError)):
                 import traceback
@@ -85,6 +87,13 @@ class _Command(click.Command):
 def _fail(message: str, code: int = ERROR, label: str = "error: ") -> int:
     click.echo(f"{PROGRAM}: {label}{printable(' '.join(message.split()))}", err=True)
     return code
+
+
+def _is_interrupt(error: BaseException | None) -> bool:
+    """Whether Ctrl-C is behind it: a compiled module that is interrupted while it loads says ImportError."""
+    while error is not None and not isinstance(error, KeyboardInterrupt):
+        error = error.__cause__ or error.__context__
+    return error is not None
 
 
 def _interrupted(given: dict[str, Any], began: float) -> str:

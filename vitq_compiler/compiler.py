@@ -19,8 +19,9 @@ from vitq_compiler.data import Data, open_data
 from vitq_compiler.errors import ModelError, RecipeError
 from vitq_compiler.graph import Graph
 from vitq_compiler.model_io import check_output, convert_opset, file_bytes, read_model, write_model
-from vitq_compiler.pipeline import Compilation, Progress, silent
+from vitq_compiler.pipeline import Compilation
 from vitq_compiler.preprocess import resolve
+from vitq_compiler.progress import Progress, silent
 from vitq_compiler.quant import Edge
 from vitq_compiler.recipe import load_recipe
 from vitq_compiler.report import CompileReport, DataRow, GateRow, LatencyRow, LinearRow, NoteRow, OutputRow, PassRow, Validation

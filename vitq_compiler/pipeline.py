@@ -15,6 +15,7 @@ from enum import Enum
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
 from vitq_compiler.errors import PassError, RecipeError, VitqError
+from vitq_compiler.progress import Progress, silent
 
 if TYPE_CHECKING:
     from vitq_compiler.annotations import Annotations
@@ -50,16 +51,6 @@ class Note:
     stage: str
     where: str
     reason: str
-
-
-class Progress(Protocol):
-    """Where a long step tells how far it is."""
-
-    def __call__(self, step: str, done: int, total: int) -> None: ...
-
-
-def silent(step: str, done: int, total: int) -> None:
-    """No progress shown."""
 
 
 @dataclass

@@ -114,6 +114,27 @@ def from_range(low: Float, high: Float, spec: QuantSpec, axis: int | None = None
     return QuantParams(np.maximum(scale, smallest).astype(np.float32), zero_point.astype(np.int32), axis, spec.quant_min, spec.quant_max)
 
 
+def equalizing_scale(width: Float, strength: float) -> tuple[NDArray[np.float64], NDArray[np.float32]]:
+    """How much to divide each channel by, so that one scale serves all.
+
+    A dead channel counts as if its range were a thousandth of the median one, so that no scale vanishes.
+
+    Args:
+        width: size of each channel's range, shape [channels].
+        strength: 1 makes all ranges equal, 0 changes nothing (the alpha of SmoothQuant, arXiv 2211.10438).
+
+    Returns:
+        The widths with dead channels raised, and (width / mean width)^strength.
+
+    Raises:
+        ValueError: strength lies outside 0 to 1.
+    """
+    if not 0 <= strength <= 1:
+        raise ValueError(f"strength must lie in 0 to 1, got {strength}")
+    live = np.maximum(np.asarray(width, np.float64), 1e-3 * max(float(np.median(width)), 1e-12))
+    return live, ((live / live.mean()) ** strength).astype(np.float32)
+
+
 def quantize(x: Float, params: QuantParams) -> NDArray[Any]:
     """Codes of ``x``, in the container type."""
     scale, zero_point = _spread(params, x.ndim)

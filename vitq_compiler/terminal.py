@@ -21,10 +21,10 @@ from rich.table import Table
 from rich.text import Text
 
 from vitq_compiler.explain import printable
-from vitq_compiler.pipeline import silent
+from vitq_compiler.progress import silent
 
 if TYPE_CHECKING:
-    from vitq_compiler.pipeline import Progress
+    from vitq_compiler.progress import Progress
     from vitq_compiler.report import CompileReport, GateRow, LatencyRow, LinearRow
 
 LOG_COLUMNS = 100

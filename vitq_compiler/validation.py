@@ -12,7 +12,7 @@ import onnxruntime as ort
 
 from vitq_compiler import metrics
 from vitq_compiler.graph import Array, Graph
-from vitq_compiler.pipeline import Progress
+from vitq_compiler.progress import Progress
 from vitq_compiler.quant import Edge
 from vitq_compiler.report import BlockRow, LatencyRow, OutputRow
 from vitq_compiler.runtime import Feed, run, session

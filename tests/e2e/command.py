@@ -29,10 +29,10 @@ def run(*words: object) -> Result:
     return CliRunner().invoke(main, [str(word) for word in words], prog_name=PROGRAM, catch_exceptions=False)
 
 
-def start(*words: object, folder: Path, temporary: Path) -> subprocess.Popen[str]:
-    """The command in its own process, started in ``folder``; ``temporary`` is its folder for temporary files."""
+def start(*words: object, folder: Path, temporary: Path, program: tuple[str, ...] = ("-m", "vitq_compiler")) -> subprocess.Popen[str]:
+    """The command in its own process, started in ``folder``; ``temporary`` is where its temporary files go."""
+    command = [sys.executable, *program, *map(str, words)]
     environment = {**os.environ, "TMPDIR": str(temporary)}
-    command = [sys.executable, "-m", "vitq_compiler", *map(str, words)]
     return subprocess.Popen(command, cwd=folder, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 

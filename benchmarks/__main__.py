@@ -1,0 +1,47 @@
+"""The command line of the benchmarks.
+
+    python -m benchmarks latency        how fast the integer graph is: paired, in one process, against the float graph and
+                                        what onnxruntime.quantization makes of it
+    python -m benchmarks accuracy       how much of a trained model's accuracy is left, on labelled test images
+    python -m benchmarks compile-time   what a compile costs: seconds, memory, and each pass
+
+Each prints Markdown to standard output and how far it is to standard error; ``--json FILE`` writes the same as JSON.
+Run from the root of the repository, on an otherwise idle machine.
+"""
+
+from __future__ import annotations
+
+import argparse
+import shlex
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from benchmarks import accuracy, compile_time, latency
+from benchmarks.tables import Report
+
+COMMANDS = {"latency": latency, "accuracy": accuracy, "compile-time": compile_time}
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Run one benchmark; without a name, say which there are."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands = parser.add_subparsers(dest="command", metavar="{" + ",".join(COMMANDS) + "}")
+    for name, module in COMMANDS.items():
+        text = (module.__doc__ or "").strip()
+        command = commands.add_parser(name, description=text, formatter_class=argparse.RawDescriptionHelpFormatter)
+        module.add_options(command)
+        command.add_argument("--json", type=Path, metavar="FILE", help="write the tables as JSON too")
+    options = parser.parse_args(arguments)
+    if options.command is None:
+        parser.print_help()
+        return 0
+    report = Report(f"python -m benchmarks {shlex.join(arguments)}", COMMANDS[options.command].measure(options))
+    print(report.to_markdown())
+    if options.json is not None:
+        options.json.write_text(report.to_json(), encoding="utf-8")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

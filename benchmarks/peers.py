@@ -1,0 +1,77 @@
+"""The quantizers of ``onnxruntime.quantization``, as a user would call them after reading their documentation or their source.
+
+static    QDQ, uint8 activations, int8 weights per channel; everything else as it comes
+tuned     the same for MatMul and Gemm only, and none of their outputs quantized: the fastest setting known to us
+dynamic   int8 weights per channel; activations get their range at run time
+
+All of them get the graph after ``quant_pre_process``, and the calibration images that vitq gets.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+
+from onnxruntime.quantization import CalibrationDataReader, QuantType, quantize_dynamic, quantize_static
+from onnxruntime.quantization.shape_inference import quant_pre_process
+
+from benchmarks.tables import say
+from vitq_compiler.data import open_data
+from vitq_compiler.graph import Graph
+from vitq_compiler.model_io import read_model
+from vitq_compiler.preprocess import resolve
+from vitq_compiler.runtime import Feed
+
+BATCH = 8
+PEERS = ("static", "tuned", "dynamic")
+
+
+class _Reader(CalibrationDataReader):  # type: ignore[misc]  # onnxruntime has no types
+    def __init__(self, feeds: Iterable[Feed]) -> None:
+        self._feeds: Iterator[Feed] = iter(feeds)
+
+    def get_next(self) -> Feed | None:
+        return next(self._feeds, None)
+
+
+def calibration_feeds(model: Path, source: Path | None, preprocess: str | None, samples: int, seed: int) -> list[Feed]:
+    """The batches on which vitq would calibrate when given the same arguments."""
+    inputs = Graph.from_proto(read_model(model)).inputs
+    return list(open_data(source, inputs, resolve(preprocess, model), samples=samples, batch_size=BATCH, seed=seed).calibration())
+
+
+def prepare(model: Path, output: Path) -> Path:
+    """``quant_pre_process``; without symbolic shapes where their inference fails."""
+    try:
+        quant_pre_process(model, output)
+    except Exception as error:
+        say(f"quant_pre_process: {str(error).splitlines()[0]}; again without symbolic shapes")
+        quant_pre_process(model, output, skip_symbolic_shape=True)
+    return output
+
+
+def quantize(kind: str, prepared: Path, output: Path, feeds: Iterable[Feed]) -> Path:
+    """Make one of `PEERS` from a prepared graph."""
+    if kind == "dynamic":
+        quantize_dynamic(prepared, output, per_channel=True, weight_type=QuantType.QInt8)
+        return output
+    matmuls = ["MatMul", "Gemm"]
+    only = {"op_types_to_quantize": matmuls, "extra_options": {"OpTypesToExcludeOutputQuantization": matmuls}} if kind == "tuned" else {}
+    types = {"activation_type": QuantType.QUInt8, "weight_type": QuantType.QInt8}
+    quantize_static(prepared, output, _Reader(feeds), per_channel=True, **types, **only)
+    return output
+
+
+def quantize_all(model: Path, folder: Path, feeds: Callable[[], Iterable[Feed]], kinds: Iterable[str] = PEERS) -> dict[str, Path]:
+    """Name of a row -> graph, for each of ``kinds``; what fails is said and left out."""
+    logging.getLogger().setLevel(logging.ERROR)  # its advice is for people who call it by hand
+    prepared = prepare(model, folder / "prepared.onnx")
+    graphs: dict[str, Path] = {}
+    for kind in kinds:
+        say(f"onnxruntime {kind} ...")
+        try:
+            graphs[f"onnxruntime {kind}"] = quantize(kind, prepared, folder / f"{kind}.onnx", feeds())
+        except Exception as error:
+            say(f"onnxruntime {kind} failed: {type(error).__name__}: {str(error).splitlines()[0]}")
+    return graphs

@@ -1,0 +1,37 @@
+"""Distances between arrays."""
+
+import numpy as np
+import pytest
+
+from vitq_compiler.metrics import agreement, cosine, max_relative_error, sqnr
+
+
+def test_sqnr_of_known_noise() -> None:
+    signal = np.array([3.0, 4.0])
+    assert sqnr(signal, signal + np.array([0.3, 0.4])) == pytest.approx(20.0)
+    assert sqnr(signal, signal) == float("inf")
+    assert sqnr(np.zeros(2), np.ones(2)) == float("-inf")
+
+
+def test_cosine() -> None:
+    assert cosine(np.array([1.0, 0.0]), np.array([2.0, 0.0])) == pytest.approx(1.0)
+    assert cosine(np.array([1.0, 0.0]), np.array([0.0, 1.0])) == pytest.approx(0.0)
+    assert cosine(np.zeros(3), np.zeros(3)) == 1.0
+    assert cosine(np.zeros(3), np.ones(3)) == 0.0
+
+
+def test_agreement_of_logits_and_of_class_ids() -> None:
+    logits = np.array([[1.0, 2.0], [3.0, 1.0], [0.0, 9.0], [5.0, 1.0]])
+    other = logits.copy()
+    other[3] = [1.0, 5.0]
+    assert agreement(logits, other) == pytest.approx(0.75)
+    ids = np.array([[1, 2], [3, 4]])
+    assert agreement(ids, np.array([[1, 2], [3, 5]])) == pytest.approx(0.5)
+    assert agreement(np.zeros((2, 3, 4)), np.zeros((2, 3, 4))) is None
+
+
+def test_max_relative_error() -> None:
+    assert max_relative_error(np.array([1.0, -4.0]), np.array([1.0, -3.0])) == pytest.approx(0.25)
+    assert max_relative_error(np.zeros(2), np.ones(2)) == 1.0
+    assert max_relative_error(np.ones(2), np.array([1.0, np.nan])) == float("inf")
+    assert max_relative_error(np.ones(2), np.ones(3)) == float("inf")

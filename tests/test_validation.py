@@ -1,0 +1,59 @@
+"""The verdict of ONNX Runtime, on graphs whose answer is known."""
+
+import numpy as np
+import pytest
+from onnx import parser
+
+from tests.builders import Feed
+from vitq_compiler.progress import silent
+from vitq_compiler.runtime import session
+from vitq_compiler.validation import compare_outputs, kernels, time_pair
+
+TEXT = """<ir_version: 10, opset_import: ["": 20]>
+g (float[n, 4] x) => (float[n, 4] y, int64[n] ids) {{
+    factor = Constant <value = float {{{factor}}}> ()
+    y = Mul(x, factor)
+    ids = ArgMax <axis = 1, keepdims = 0> (y)
+}}"""
+
+
+def batches() -> list[Feed]:
+    random = np.random.default_rng(0)
+    return [{"x": random.standard_normal((n, 4)).astype(np.float32)} for n in (3, 5)]
+
+
+def test_outputs_are_compared_over_all_batches() -> None:
+    one, scaled = (session(parser.parse_model(TEXT.format(factor=f))) for f in ("1.0", "0.9"))
+    y, ids = compare_outputs(one, scaled, batches(), 8, frozenset({"y"}), silent)
+    assert (y.name, y.agreement, ids.agreement) == ("y", 1.0, 1.0)
+    assert y.sqnr_db == pytest.approx(20.0, abs=1e-3)
+    assert y.cosine == pytest.approx(1.0)
+    assert np.isnan(ids.sqnr_db)
+
+
+def test_features_have_no_agreement_and_opposite_logits_have_none_in_common() -> None:
+    one, negated = (session(parser.parse_model(TEXT.format(factor=f))) for f in ("1.0", "-1.0"))
+    assert compare_outputs(one, negated, batches(), 8, frozenset(), silent)[0].agreement is None
+    assert compare_outputs(one, negated, batches(), 8, frozenset({"y"}), silent)[0].agreement == 0.0
+
+
+def test_timing_is_paired() -> None:
+    one, other = (session(parser.parse_model(TEXT.format(factor="1.0")), threads=1) for _ in range(2))
+    row = time_pair(one, other, batches()[0], 1)
+    assert (row.threads, row.batch) == (1, 3)
+    assert row.float_ms > 0
+    assert 0.2 < row.ratio < 5
+
+
+def test_kernels_are_found_by_the_weight_they_read() -> None:
+    model = parser.parse_model(
+        """<ir_version: 10, opset_import: ["": 20]>
+        g (float[n, 2] x) => (float[n, 2] y, float[n, 2] z)
+        <float[2, 2] w = {1, 0, 0, 1}, int8[2, 2] q = {1, 0, 0, 1}, float s = {0.5}, int8 o = {0}> {
+            y = MatMul(x, w)
+            d = DequantizeLinear(q, s, o)
+            z = Gemm(x, d)
+        }"""
+    )
+    assert kernels(model)["w"] == "MatMul"
+    assert kernels(model)["q"] == "Gemm"

@@ -1,0 +1,87 @@
+"""The checks between passes catch what they are there for, and name the culprit."""
+
+from dataclasses import dataclass
+
+import pytest
+
+from tests.builders import compilation, feed_of, run_model, vit
+from vitq_compiler.errors import InvariantError, PassError
+from vitq_compiler.graph import value
+from vitq_compiler.passes.canonicalize import Canonicalize
+from vitq_compiler.passes.recover_gelu import RecoverGelu
+from vitq_compiler.pipeline import Compilation, Fact, Pass, Pipeline
+from vitq_compiler.verify import Parity, Structure
+
+
+@dataclass(frozen=True)
+class DoubleWeights(Pass):
+    """W -> 2 W, which is not what ``exact`` promises"""
+
+    name = "double-weights"
+    exact = True
+
+    def run(self, c: Compilation) -> int:
+        node = c.graph.find("LayerNormalization")[0]
+        node.inputs[1].values = 2 * value(node.inputs[1])
+        return 1
+
+
+@dataclass(frozen=True)
+class CutInput(Pass):
+    """MatMul(a, b) -> MatMul(a), which is not valid ONNX"""
+
+    name = "cut-input"
+    provides = frozenset({Fact.LEGAL})
+
+    def run(self, c: Compilation) -> int:
+        node = c.graph.find("MatMul")[0]
+        node.inputs = node.inputs[:1]
+        return 1
+
+
+@dataclass(frozen=True)
+class Broken(Pass):
+    """x -> an exception that is no VitqError"""
+
+    name = "broken"
+
+    def run(self, c: Compilation) -> int:
+        raise ZeroDivisionError("by zero")
+
+
+def parity_of(c: Compilation) -> Parity:
+    feed = feed_of(c.graph)
+    return Parity(feed, run_model(c.graph, feed))
+
+
+def test_exact_passes_that_keep_the_outputs_are_accepted() -> None:
+    c = compilation(vit())
+    parity = parity_of(c)
+    Pipeline((Canonicalize(), RecoverGelu())).run(c, (parity,))
+    parity.check()
+
+
+def test_a_pass_that_changes_the_outputs_is_named() -> None:
+    c = compilation(vit())
+    parity = parity_of(c)
+    Pipeline((Canonicalize(), DoubleWeights(), RecoverGelu())).run(c, (parity,))
+    with pytest.raises(InvariantError, match="pass double-weights changed the float outputs"):
+        parity.check()
+
+
+def test_it_is_noticed_before_a_pass_that_may_change_them() -> None:
+    c = compilation(vit())
+    with pytest.raises(InvariantError, match="double-weights"):
+        Pipeline((Canonicalize(), DoubleWeights(), Broken())).run(c, (parity_of(c),))
+
+
+def test_an_invalid_graph_is_refused() -> None:
+    c = compilation(vit())
+    with pytest.raises(InvariantError, match="pass cut-input left a graph that is not valid ONNX"):
+        Pipeline((Canonicalize(), CutInput())).run(c, (Structure(),))
+
+
+def test_an_unexpected_error_names_the_pass_and_what_ran_before() -> None:
+    with pytest.raises(PassError, match=r"pass broken failed after \[canonicalize\]: ZeroDivisionError: by zero") as caught:
+        Pipeline((Canonicalize(), Broken())).run(compilation(vit()))
+    assert caught.value.ran_before == ("canonicalize",)
