@@ -10,8 +10,6 @@ from __future__ import annotations
 import os
 import re
 import warnings
-import zipfile
-import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import lru_cache, partial
@@ -23,6 +21,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, UnidentifiedImageError
 
+from vitq_compiler.arrays import load_arrays, read_array
 from vitq_compiler.builtin_images import dead_leaves
 from vitq_compiler.errors import DataError
 from vitq_compiler.preprocess import Preprocess
@@ -263,44 +262,13 @@ def _folder_pool(source: Path, spec: InputSpec, preprocess: Preprocess, seed: in
 
 
 def _array_pool(source: Path, inputs: Sequence[InputSpec], preprocess: Preprocess, seed: int) -> _Pool:
-    arrays = _load_arrays(source, [spec.name for spec in inputs])
+    arrays = load_arrays(source, [spec.name for spec in inputs])
     counts = {name: len(array) if array.ndim else 0 for name, array in arrays.items()}
     if len(set(counts.values())) > 1 or not all(counts.values()):
         raise DataError(f"{source}: samples by array {counts}; save as many of each, and at least one")
     readers = {spec.name: _array_reader(f"{source}, array {spec.name!r}", spec, arrays[spec.name], preprocess) for spec in inputs}
     order = np.random.default_rng(seed).permutation(counts[inputs[0].name]).tolist()
     return _Pool(readers, order, str, f"samples from {source}")
-
-
-def _load_arrays(source: Path, names: list[str]) -> dict[str, Array]:
-    """By input name; an array alone in its file belongs to the only input, whatever it is called."""
-    where = str(source)
-    try:
-        with source.open("rb") as file:
-            loaded = np.load(file, allow_pickle=False) if source.suffix.lower() == ".npz" else {"array": _map_array(source)}
-            if isinstance(loaded, np.ndarray):
-                raise ValueError("an .npy file with the name of an .npz")
-            stored = sorted(loaded)
-            if stored != sorted(names) and not len(stored) == len(names) == 1:
-                raise DataError(f"{source}: has arrays {stored}, the model's inputs are {sorted(names)}; save one array for each, by name")
-            arrays = {}
-            for name, key in zip(sorted(names), stored, strict=True):
-                where = f"{source}, array {key!r}"
-                arrays[name] = loaded[key]
-                if not isinstance(arrays[name], np.ndarray):
-                    raise ValueError("not an array")
-            return arrays
-    except (ValueError, OSError, EOFError, KeyError, NotImplementedError, MemoryError, zipfile.BadZipFile, zlib.error) as error:
-        raise DataError(f"{where}: {' '.join(str(error).split())}; save plain numbers with numpy.savez or numpy.save") from error
-
-
-def _map_array(path: Path) -> Array:
-    """The array of a .npy file, left on disk where that is possible: one without elements cannot be mapped."""
-    try:
-        return np.lib.format.open_memmap(path, mode="r")  # type: ignore[no-any-return, no-untyped-call, unused-ignore]
-    except ValueError:
-        with path.open("rb") as file:
-            return np.lib.format.read_array(file, allow_pickle=False)  # type: ignore[no-any-return, no-untyped-call, unused-ignore]
 
 
 def _array_reader(where: str, spec: InputSpec, array: Array, preprocess: Preprocess) -> Reader:
@@ -311,18 +279,9 @@ def _array_reader(where: str, spec: InputSpec, array: Array, preprocess: Preproc
             grey = array[..., 0] if array.shape[3:] == (1,) else array
             return _PictureReader(lambda index: Image.fromarray(grey[index]), lambda index: f"{where}, sample {index}", spec, preprocess)
     elif fits and array.dtype.kind in _CASTS.get(spec.dtype.kind, ""):
-        return partial(_read_array, where, array, spec.dtype)
+        return partial(read_array, where, array, spec.dtype)
     expected = _shown(spec.dtype, ("N", *spec.shape[1:])) + (" or pictures uint8 [N, H, W, 3]" if image else "")
     raise DataError(f"{where}: is {_shown(array.dtype, array.shape)}, the model expects {expected}; save it that way")
-
-
-def _read_array(where: str, array: Array, dtype: np.dtype[Any], index: int) -> Array:
-    value = np.array(array[index])  # out of the file, where it is mapped
-    with np.errstate(all="ignore"):
-        cast: Array = value.astype(dtype)
-    if not (np.isfinite(cast).all() if dtype.kind == "f" else np.array_equal(cast, value)):
-        raise DataError(f"{where}, sample {index}: NaN, Inf or a number too large for {dtype}; save finite numbers that fit")
-    return cast
 
 
 def _shown(dtype: np.dtype[Any], shape: Sequence[int | str]) -> str:

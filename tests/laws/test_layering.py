@@ -24,7 +24,7 @@ LAYERS = (
     ("calibration", "data", "target", "views"),
     ("builtin_images", "model_io", "pattern", "pipeline", "registry"),
     ("runtime",),
-    ("graph", "metrics", "preprocess", "progress", "quant"),
+    ("arrays", "graph", "metrics", "preprocess", "progress", "quant"),
     ("errors", "recipes"),
 )
 HEIGHT = {module: len(LAYERS) - row for row, layer in enumerate(LAYERS) for module in layer}
