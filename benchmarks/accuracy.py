@@ -117,6 +117,7 @@ def measure_task(task: Task, options: argparse.Namespace) -> Table:
         ("graph", "top-1", "agreement", f"SQNR of {task.compared}, dB", "file, MB"),
         tuple(rows),
         (f"Calibration: {calibration}. Recipe {report.recipe}: {report.integer} of {len(report.linears)} layers in integer kernels.",),
+        {"top-1": ".4f", "agreement": ".4f"},
     )
 
 

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.models import OPSETS, ROOT, TIMM
-from benchmarks.tables import Cell, Table, say
+from benchmarks.tables import Cell, Table, say, shown
 
 FIXED_SECONDS, FORWARDS = 5.0, 2.0
 HELP_RUNS = 5
@@ -64,16 +64,16 @@ def measure(options: argparse.Namespace) -> list[Table]:
     rows = [summary("vitq-compile", compiles, forwards)]
     if others:
         rows.append(summary("onnxruntime quantize_static", others, forwards))
+    forward = f"Float forward of the same {options.samples} images: {shown(statistics.median(forwards))} s"
+    help_seconds = min(run_measured([*program(), "--help"]).seconds for _ in range(HELP_RUNS))
     return [
         Table(
             f"Compile of {Path(options.model).stem}, {options.samples} samples, {options.rounds} rounds",
             ("process", "seconds", "budget, s", "within", "(seconds - 5) / forward", "peak MB"),
             tuple(rows),
             (
-                f"Float forward of the same {options.samples} images: {statistics.median(forwards):.2f} s; "
-                f"budget = {FORWARDS:g} forwards + {FIXED_SECONDS:g} s.",
-                f"`vitq-compile --help`: {min(run_measured([*program(), '--help']).seconds for _ in range(HELP_RUNS)):.3f} s "
-                f"(best of {HELP_RUNS}).",
+                f"{forward}; budget = {FORWARDS:g} forwards + {FIXED_SECONDS:g} s.",
+                f"`vitq-compile --help`: {help_seconds:.3f} s (best of {HELP_RUNS}).",
             ),
         ),
         passes_table(reports),
@@ -83,7 +83,7 @@ def measure(options: argparse.Namespace) -> list[Table]:
 def passes_table(reports: list[dict[str, Any]]) -> Table:
     """Median seconds of each pass over the reports of several compiles."""
     rows = [
-        (own[0]["spec"], own[0]["changes"], statistics.median(row["seconds"] for row in own))
+        (own[0]["spec"], own[0]["changes"], float(statistics.median(row["seconds"] for row in own)))
         for own in zip(*(report["passes"] for report in reports), strict=True)
     ]
     inside = statistics.median(report["seconds"] for report in reports)

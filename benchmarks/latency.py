@@ -13,8 +13,9 @@ from __future__ import annotations
 import argparse
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from benchmarks.models import OPSETS, TIMM, obtain
@@ -82,7 +83,7 @@ def measure_model(name: str, exporter: str, options: argparse.Namespace) -> Tabl
         for batch in options.batches:
             say(f"{name}: batch {batch} ...")
             feed = runtime.probe_feed(inputs, batch)
-            runs = {graph: (lambda session=session, feed=feed: session.run(None, feed)) for graph, session in sessions.items()}
+            runs = {graph: partial(session.run, None, feed) for graph, session in sessions.items()}
             rows += [(batch, r.name, r.median_ms, r.ratio, r.minima) for r in ratios(time_paired(runs, options.rounds, settle))]
     origin = f"{exporter} export, opset {OPSETS[exporter]}" if not name.endswith(".onnx") else "file"
     threads = f"{options.threads or 'all'} thread{'s' * (options.threads != 1)}"
@@ -91,6 +92,7 @@ def measure_model(name: str, exporter: str, options: argparse.Namespace) -> Tabl
         ("batch", "graph", "median ms", "median ratio", "ratio of minima"),
         tuple(rows),
         (f"vitq: {made.integer} of {len(made.linears)} Linear layers (patch embedding included) run in integer kernels.",),
+        {"median ratio": ".3f", "ratio of minima": ".3f"},
     )
 
 
@@ -100,7 +102,7 @@ def rotated(names: Sequence[str], step: int) -> list[str]:
     return [*names[start:], *names[:start]]
 
 
-def time_paired(runs: dict[str, Callable[[], object]], rounds: int, settle: float = 0.0) -> Times:
+def time_paired(runs: Mapping[str, Callable[[], object]], rounds: int, settle: float = 0.0) -> Times:
     """Seconds of each run in each round.
 
     Args:

@@ -26,16 +26,21 @@ class Table:
         columns: their headings.
         rows: as many cells each; numbers are rounded only when they are printed.
         notes: sentences below it.
+        formats: format specifications of numbers, by column; see `shown` for the others.
     """
 
     title: str
     columns: tuple[str, ...]
     rows: tuple[tuple[Cell, ...], ...]
     notes: tuple[str, ...] = ()
+    formats: dict[str, str] = field(default_factory=dict)
 
     def to_markdown(self) -> str:
         """Title, table and notes; text columns left, numbers right."""
-        texts = [self.columns, *([shown(cell) for cell in row] for row in self.rows)]
+        texts = [
+            self.columns,
+            *([shown(cell, self.formats.get(column, "")) for cell, column in zip(row, self.columns, strict=True)] for row in self.rows),
+        ]
         widths = [max(3, *(len(row[i]) for row in texts)) for i in range(len(self.columns))]
         right = [all(not isinstance(row[i], str) for row in self.rows) for i in range(len(self.columns))]
         rule = ["-" * (width - 1) + ":" if end else "-" * width for width, end in zip(widths, right, strict=True)]
@@ -46,14 +51,16 @@ class Table:
         return "\n".join([f"### {self.title}", "", *lines, *(f"\n{note}" for note in self.notes)])
 
 
-def shown(cell: Cell) -> str:
-    """A cell as text: three significant digits, and one decimal at least from 10 on."""
+def shown(cell: Cell, specification: str = "") -> str:
+    """A cell as text; a number without a format specification has three decimals below 1, two below 10, else one."""
     if cell is None or (isinstance(cell, float) and math.isnan(cell)):
         return "-"
     if not isinstance(cell, float):
         return str(cell).replace("|", "\\|")
     if math.isinf(cell):
         return "inf" if cell > 0 else "-inf"
+    if specification:
+        return format(cell, specification)
     return f"{cell:.1f}" if abs(cell) >= 10 else f"{cell:.2f}" if abs(cell) >= 1 else f"{cell:.3f}"
 
 

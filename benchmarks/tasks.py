@@ -161,4 +161,5 @@ def write_calibration(task: Task, images: Array, name: str, samples: int, seed: 
     prepared = task.prepare(images[chosen])
     stored = np.empty_like(prepared)
     stored[np.random.default_rng(seed).permutation(len(chosen))] = prepared
-    np.savez(path, **{name: stored})
+    arrays: dict[str, Any] = {name: stored}
+    np.savez(path, **arrays)

@@ -140,7 +140,7 @@ def _fold_batched(graph: Graph, tensor: Tensor, first: Array, second: Array, bat
         return 0
     row = first[:1]
     if (row == row.flat[0]).all() and all(r.op in ELEMENTWISE for r in readers(tensor)):
-        return graph.replace(tensor, graph.constant(f"{tensor.name}/uniform", np.array(row.flat[0])))
+        return graph.replace(tensor, graph.constant(f"{tensor.name}/uniform", row))
     if done:
         return 0
     ones = graph.constant(f"{tensor.name}/ones", np.ones(first.ndim - 1, np.int64))
@@ -171,16 +171,29 @@ def _passed_through(node: Node) -> Tensor | None:
     if node.op in ("Add", "Mul"):
         neutral = 0.0 if node.op == "Add" else 1.0
         for number, other in (node.inputs, node.inputs[::-1]):
-            if scalar(number) == neutral and not is_constant(other) and value(number).ndim <= len(other.shape or ()):
+            if _uniform(number) == neutral and not is_constant(other) and _fits(number, other):
                 return other
-    if node.op == "Where" and is_constant(node.inputs[0]) and value(node.inputs[0]).size == 1:
-        kept = node.inputs[1] if value(node.inputs[0]).item() else node.inputs[2]
+    if node.op == "Where" and (choice := _uniform(node.inputs[0])) is not None:
+        kept = node.inputs[1] if choice else node.inputs[2]
         return kept if kept.shape == node.outputs[0].shape or is_constant(kept) else None
     if node.op == "Where" and (guard := producer(node.inputs[0])) is not None and guard.op == "IsNaN" and guard.inputs[0] is node.inputs[2]:
         softmax = producer(node.inputs[2])
         if softmax is not None and softmax.op == "Softmax" and scalar(node.inputs[1]) == 0.0:
             return node.inputs[2]
     return None
+
+
+def _uniform(tensor: Tensor) -> float | None:
+    """The number that all elements of a constant are, else None."""
+    if not is_constant(tensor) or not value(tensor).size or (value(tensor) != value(tensor).flat[0]).any():
+        return None
+    return float(value(tensor).flat[0])
+
+
+def _fits(constant: Tensor, other: Tensor) -> bool:
+    """Whether an elementwise operation of both has the shape of ``other``."""
+    sizes, shape = value(constant).shape, other.shape or ()
+    return len(sizes) <= len(shape) and all(d in (1, size) for d, size in zip(sizes[::-1], shape[::-1], strict=False))
 
 
 def unshare_constants(graph: Graph) -> int:

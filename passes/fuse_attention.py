@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from vitq_compiler.blocks.attention import Attention, feeds_only
-from vitq_compiler.graph import Graph, Tensor, value
+from vitq_compiler.graph import Graph, Tensor, is_constant, value
 from vitq_compiler.pattern import MatchFailure
 from vitq_compiler.pipeline import Compilation, Fact, Pass
 from vitq_compiler.runtime import supports
@@ -50,9 +50,8 @@ class FuseAttention(Pass):
 
 
 def _fuse(graph: Graph, attention: Attention) -> None:
-    operands = _operands(graph, attention)
-    if attention.mask is not None:
-        operands.append(attention.mask)
+    mask = [] if attention.mask is None else [_mask(graph, attention, attention.mask)]
+    operands = [*_operands(graph, attention), *mask]
     output = graph.insert(
         "Attention",
         operands,
@@ -64,6 +63,17 @@ def _fuse(graph: Graph, attention: Attention) -> None:
     )
     attention.proj.matmul.inputs[0] = output
     attention.fused = output.inputs[0]
+
+
+def _mask(graph: Graph, attention: Attention, mask: Tensor) -> Tensor:
+    """The mask with its last two axes as long as queries and keys: ONNX Runtime broadcasts only the axes before them."""
+    tokens = list(attention.scores.outputs[0].shape[-2:])
+    if is_constant(mask) and all(isinstance(size, int) for size in tokens) and value(mask).ndim <= 4:
+        spread = np.broadcast_to(value(mask), (*value(mask).shape[:-2], *tokens))
+        return graph.constant(f"{mask.name}/spread", spread)
+    if len(mask.shape or ()) not in (2, 3, 4) or list(mask.shape[-2:]) != tokens:
+        raise MatchFailure(f"its mask of shape {mask.shape} is not one number for each of {tokens} queries and keys", mask.name)
+    return mask
 
 
 def _operands(graph: Graph, attention: Attention) -> list[Tensor]:

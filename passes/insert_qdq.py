@@ -25,7 +25,7 @@ class InsertQdq(Pass):
     provides = frozenset({Fact.QUANTIZED})
 
     def run(self, c: Compilation) -> int:
-        dequantized: dict[tuple[str, float, int], Tensor] = {}
+        dequantized: dict[tuple[str, float, int, int, int], Tensor] = {}
         for edge, params in c.params.items():
             node = c.graph.node(edge.node)
             tensor = node.inputs[edge.index]
@@ -33,7 +33,7 @@ class InsertQdq(Pass):
                 node.inputs[1] = dequantize_constant(c.graph, tensor.name, quantize(value(tensor), params), params)
                 c.codes[edge] = node.inputs[1].inputs[0].inputs[0].name
                 continue
-            key = (tensor.name, float(params.scale), int(params.zero_point))
+            key = (tensor.name, float(params.scale), int(params.zero_point), params.quant_min, params.quant_max)
             if key not in dequantized:
                 dequantized[key] = quantize_activation(c.graph, tensor, params)
             node.inputs[0] = dequantized[key]

@@ -7,6 +7,7 @@ sizes and seed compute the same function (see `Sizes`).
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import count
@@ -69,7 +70,9 @@ def difference(before: Sequence[Array], after: Sequence[Array]) -> float:
 
 
 def graph_of(text: str, **weights: Array) -> Graph:
-    """A graph in ONNX text syntax without its header; ``weights`` become initializers, shapes are inferred.
+    """A graph in ONNX text syntax without its header; shapes are inferred.
+
+    Those ``weights`` that the text names become initializers.
 
     ``g (float[B, 4] x) => (float[B, 4] y) { y = Relu(x) }``
     """
@@ -79,7 +82,11 @@ def graph_of(text: str, **weights: Array) -> Graph:
 def model_of(text: str, *, opset: int = OPSET, **weights: Array) -> onnx.ModelProto:
     """As `graph_of`, the ModelProto."""
     model = parser.parse_model(f'<ir_version: {IR_VERSION}, opset_import: ["" : {opset}]>\n{text}')
-    model.graph.initializer.extend(numpy_helper.from_array(np.asarray(a), name) for name, a in weights.items())
+    words = set(re.findall(r"\w+", text))
+    model.graph.initializer.extend(numpy_helper.from_array(np.asarray(a), name) for name, a in weights.items() if name in words)
+    for output in model.graph.output:
+        if not output.type.tensor_type.shape.dim:
+            output.type.tensor_type.ClearField("shape")  # ``float y`` leaves it to shape inference
     return onnx.shape_inference.infer_shapes(model, data_prop=True)
 
 
@@ -483,7 +490,7 @@ def assert_golden(graph: Graph, name: str, *, weights: bool = True) -> None:
     With VITQ_UPDATE_GOLDEN set, the file is written instead.
     """
     text = graph.text()
-    text = text[text.index(">\n") + 2 :]+ "\n"
+    text = text[text.index(">\n") + 2 :] + "\n"
     if not weights:
         text = text[: text.index("\n")] + "\n" + text[text.index("{\n") :]
     path = Path(__file__).parent / "golden" / f"{name}.txt"

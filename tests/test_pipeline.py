@@ -257,7 +257,7 @@ def test_a_bug_in_a_pass_becomes_a_pass_error() -> None:
 
 
 def test_a_fault_of_the_user_keeps_its_type() -> None:
-    with pytest.raises(ModelError, match="^no softmax$"):
+    with pytest.raises(ModelError, match=r"^no softmax$"):
         parse("start,fail{how=user}").run(tiny())
 
 

@@ -67,6 +67,8 @@ def parse_model(path: Path) -> onnx.ModelProto:
         onnx.load_external_data_for_model(model, str(path.parent))
     except Exception as error:
         raise ModelError(f"model {path}: cannot read its external data ({first_line(error)}); export it again") from error
+    for tensor in model.graph.initializer:
+        tensor.ClearField("data_location")  # so that the output does not depend on where weights were stored
     return model
 
 

@@ -101,6 +101,8 @@ def test_what_is_almost_an_attention_becomes_a_note() -> None:
 
 
 def test_no_roles_outside_a_transformer() -> None:
-    text = "g (float[B, 4] x) => (float[B, 4] y) { a = MatMul(x, w) b = Relu(a) d = MatMul(b, w) e = MatMul(x, w) f = Add(d, e) h = MatMul(f, w) y = Neg(h) }"
+    text = """g (float[B, 4] x) => (float[B, 4] y) {
+        a = MatMul(x, w) b = Relu(a) d = MatMul(b, w) e = MatMul(x, w) f = Add(d, e) h = MatMul(f, w) y = Neg(h)
+    }"""
     found = understand(graph_of(text, w=np.eye(4, dtype=np.float32)))
     assert [linear.role for linear in found.linears] == ["fc1", "fc2", "linear", "head"]

@@ -16,7 +16,9 @@ FRONT = "canonicalize,recover-gelu,separate-linears,annotate"
 SIZES = Sizes(depth=1, width=12, heads=3)
 
 
-def observed(dialect: Dialect, sizes: Sizes = SIZES, *, fuse: bool = False, edit: Callable[[onnx.GraphProto], None] | None = None) -> Compilation:
+def observed(
+    dialect: Dialect, sizes: Sizes = SIZES, *, fuse: bool = False, edit: Callable[[onnx.GraphProto], None] | None = None
+) -> Compilation:
     model = vit(sizes, dialect)
     if edit is not None:
         edit(model.graph)
@@ -45,7 +47,9 @@ def test_the_outputs_stay_and_ranges_become_equal(qkv: str, bias: bool, fuse: bo
     assert np.ptp(np.maximum(np.abs(table.low), np.abs(table.high))) > 0.1
     assert equalized(c) == 1
     table = c.table.statistics[name]
-    np.testing.assert_allclose(np.maximum(np.abs(table.low), np.abs(table.high)), np.abs(table.low).max().clip(np.abs(table.high).max()), rtol=1e-4)
+    np.testing.assert_allclose(
+        np.maximum(np.abs(table.low), np.abs(table.high)), np.abs(table.low).max().clip(np.abs(table.high).max()), rtol=1e-4
+    )
     again = c.table
     changes_of(c, "calibrate")
     np.testing.assert_allclose(c.table.statistics[name].high, again.statistics[name].high, atol=1e-5)

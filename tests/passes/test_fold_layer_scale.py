@@ -15,8 +15,7 @@ GAMMA = np.array([0.5, 0, -2], np.float32)
 
 def scaled(text: str, **weights: np.ndarray) -> Graph:
     held = {"w": W, "c": BIAS, "gamma": GAMMA} | weights
-    words = text.replace(",", " ").replace("(", " ").replace(")", " ").split()
-    return graph_of(f"g (float[B, 5, 2] x) => (float[B, 5, 3] y) {{ {text} }}", **{n: a for n, a in held.items() if n in words})
+    return graph_of(f"g (float[B, 5, 2] x) => (float[B, 5, 3] y) {{ {text} }}", **held)
 
 
 def folded(graph: Graph) -> tuple[Compilation, int]:

@@ -86,10 +86,11 @@ def node_of(graph: onnx.GraphProto, kind: str, index: int = 0) -> onnx.NodeProto
     return [node for node in graph.node if node.op_type == kind][index]
 
 
+@pytest.mark.parametrize("shape", [(1, 1, 5, 5), (5, 5), (2, 5, 5), (2, 2, 5, 5), (1, 1, 1, 5), (2, 1, 1, 5), (5,), (1, 1, 5, 1)], ids=str)
 @pytest.mark.parametrize("order", [(0, 1), (1, 0)])
-def test_a_mask_is_passed_on(order: tuple[int, int]) -> None:
+def test_a_mask_is_passed_on(order: tuple[int, int], shape: tuple[int, ...]) -> None:
     def add_mask(graph: onnx.GraphProto) -> None:
-        mask = np.where(np.arange(25).reshape(1, 1, 5, 5) % 4 == 3, np.float32(-1e4), np.float32(0.5))
+        mask = np.where(np.arange(np.prod(shape)).reshape(shape) % 4 == 3, np.float32(-1e4), np.float32(0.5))
         graph.initializer.append(onnx.numpy_helper.from_array(mask, "mask"))
         softmax = node_of(graph, "Softmax")
         operands = [softmax.input[0], "mask"]
@@ -100,6 +101,20 @@ def test_a_mask_is_passed_on(order: tuple[int, int]) -> None:
     c = edited(add_mask)
     assert fused(c) == 1
     assert len(c.graph.find("Attention")[0].inputs) == 4
+
+
+@pytest.mark.parametrize(("shape", "fuses"), [([2, 1, 5, 5], 1), ([2, 1, 1, 5], 0), ([5], 0)], ids=str)
+def test_a_computed_mask_must_have_its_full_size(shape: list[int], fuses: int) -> None:
+    def add_mask(graph: onnx.GraphProto) -> None:
+        graph.input.append(onnx.helper.make_tensor_value_info("mask", 1, shape))
+        softmax = node_of(graph, "Softmax")
+        add = onnx.helper.make_node("Add", [softmax.input[0], "mask"], ["masked"], "add_mask")
+        graph.node.insert(list(graph.node).index(softmax), add)
+        node_of(graph, "Softmax").input[0] = "masked"
+
+    c = edited(add_mask)
+    assert fused(c) == fuses
+    assert fuses or "is not one number for each of [5, 5] queries and keys" in c.notes[-1].reason
 
 
 def probabilities_as_output(graph: onnx.GraphProto) -> None:

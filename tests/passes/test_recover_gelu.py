@@ -3,10 +3,24 @@
 import numpy as np
 import pytest
 
-from tests.builders import GELUS, Writer, assert_golden, changes_of, compilation, decomposed_gelu, difference, feed_of, graph_of, ops, run_model
+from tests.builders import (
+    GELUS,
+    Writer,
+    assert_golden,
+    changes_of,
+    compilation,
+    decomposed_gelu,
+    difference,
+    feed_of,
+    graph_of,
+    ops,
+    run_model,
+)
 from vitq_compiler.pipeline import Compilation
 
-ERF = "g (float[B, 4] x, float[B, 4] w) => (float[B, 4] y) {{ z = {z} e = {bent}(z) g1 = Add(e, {one}) h = Mul({x}, g1) y = Mul(h, {half}) }}"
+ERF = (
+    "g (float[B, 4] x, float[B, 4] w) => (float[B, 4] y) {{ z = {z} e = {bent}(z) g1 = Add(e, {one}) h = Mul({x}, g1) y = Mul(h, {half}) }}"
+)
 TANH = """g (float[B, 4] x, float[B, 4] w) => (float[B, 4] y) {{
     c = Pow(x, {three}) s = Mul(c, {cubic}) i = Add({x}, s) z = Mul(i, {root}) e = Tanh(z) g1 = Add(e, one) h = Mul(x, g1) y = Mul(h, half)
 }}"""
@@ -31,8 +45,7 @@ PLAIN_TANH = {"three": "three", "cubic": "cubic", "x": "x", "root": "root"}
 
 def written(text: str, choices: dict[str, str]) -> Compilation:
     full = text.format(**choices)
-    words = full.replace(",", " ").replace("(", " ").replace(")", " ").split()
-    return compilation(graph_of(full, **{n: np.array(v, np.float32) for n, v in NUMBERS.items() if n in words}))
+    return compilation(graph_of(full, **{n: np.array(v, np.float32) for n, v in NUMBERS.items()}))
 
 
 def recovered(c: Compilation) -> int:

@@ -31,7 +31,9 @@ def gemm(attributes: str = "", inputs: str = "x, w, c", **weights: np.ndarray) -
 
 @pytest.mark.parametrize("transposed", [0, 1])
 @pytest.mark.parametrize(("alpha", "beta"), [(1.0, 1.0), (0.5, 1.0), (1.0, -2.0), (0.25, 3.0)])
-@pytest.mark.parametrize("bias", [BIAS, BIAS[None], np.array(2, np.float32), np.array([2], np.float32), np.array([[2]], np.float32)], ids=str)
+@pytest.mark.parametrize(
+    "bias", [BIAS, BIAS[None], np.array(2, np.float32), np.array([2], np.float32), np.array([[2]], np.float32)], ids=str
+)
 def test_every_gemm_of_a_linear(transposed: int, alpha: float, beta: float, bias: np.ndarray) -> None:
     attributes = f"<alpha = {alpha}, beta = {beta}, transB = {transposed}>"
     c, changes = separated(gemm(attributes, w=W.T.copy() if transposed else W, c=bias))
@@ -78,7 +80,9 @@ def test_the_bias_goes_to_the_right() -> None:
 
 
 def test_other_sums_are_left_alone() -> None:
-    c, changes = separated(graph_of("g (float[B, 3] x, float[B, 4] z) => (float[B, 4] y) { a = MatMul(x, w) b = Add(z, a) y = Add(c, b) }", w=W, c=BIAS))
+    c, changes = separated(
+        graph_of("g (float[B, 3] x, float[B, 4] z) => (float[B, 4] y) { a = MatMul(x, w) b = Add(z, a) y = Add(c, b) }", w=W, c=BIAS)
+    )
     assert changes == 0
     (linear,) = find_linears(c.graph)
     assert linear.bias is None

@@ -1,0 +1,245 @@
+"""The onnxruntime target: form of the lowered graph, its numbers, its rules, and the kernels that really run."""
+
+import re
+
+import numpy as np
+import pytest
+
+from tests.builders import (
+    DIALECTS,
+    Dialect,
+    Sizes,
+    assert_golden,
+    changes_of,
+    compilation,
+    difference,
+    feed_of,
+    graph_of,
+    ops,
+    run_model,
+    run_passes,
+    vit,
+)
+from vitq_compiler import runtime
+from vitq_compiler.annotations import understand
+from vitq_compiler.catalog import pipeline_for
+from vitq_compiler.errors import TargetError
+from vitq_compiler.graph import Graph, producer, readers, value
+from vitq_compiler.pipeline import Compilation
+from vitq_compiler.quant import Edge, QuantParams, QuantSpec, fake_quantize, from_range
+from vitq_compiler.targets.onnxruntime import Onnxruntime
+from vitq_compiler.validation import kernels
+
+WEIGHT = QuantSpec(signed=True, symmetric=True, granularity="per_channel")
+RANDOM = np.random.default_rng(0)
+W, BIAS = RANDOM.normal(size=(8, 6)).astype(np.float32), RANDOM.normal(size=6).astype(np.float32)
+
+
+def lowered(
+    text: str = "m = MatMul(x, w) y = Add(m, c)", shape: str = "B, 5, 8", low: float = -3, high: float = 3.3, **weights: np.ndarray
+) -> Compilation:
+    """All Linears of a text quantized with one activation range and lowered."""
+    held = {"w": W, "c": BIAS} | weights
+    c = compilation(graph_of(f"g (float[{shape}] x) => (float y) {{ {text} }}", **held))
+    c.graph.infer_shapes()
+    c.annotations = understand(c.graph)
+    for linear in c.annotations.linears:
+        weight = value(linear.weight)
+        c.params[Edge(linear.name, 0)] = from_range(np.float32(low), np.float32(high), QuantSpec())
+        c.params[Edge(linear.name, 1)] = from_range(weight.min(0), weight.max(0), WEIGHT, 1)
+    changes_of(c, "insert-qdq")
+    changes_of(c, "legalize")
+    return c
+
+
+def truth(x: np.ndarray, c: Compilation, weight: np.ndarray = W, bias: np.ndarray | None = BIAS) -> np.ndarray:
+    """What numpy says: fake-quantized operands, the bias in units of the accumulator."""
+    name = c.annotations.linears[0].name
+    activation, columns = c.params[Edge(name, 0)], c.params[Edge(name, 1)]
+    y = fake_quantize(x, activation).astype(np.float64) @ fake_quantize(weight, columns).astype(np.float64)
+    if bias is not None:
+        scale = (activation.scale * columns.scale).astype(np.float32).astype(np.float64)
+        y += np.rint(bias / scale) * scale
+    return np.asarray(y)
+
+
+def test_golden() -> None:
+    c = lowered()
+    assert_golden(c.graph, "onnxruntime_linear", weights=False)
+
+
+@pytest.mark.parametrize("optimize", [False, True])
+@pytest.mark.parametrize(("shape", "batch"), [("B, 5, 8", 3), ("B, 8", 4), ("2, 5, 8", 2), ("B, 3, 4, 8", 2)])
+def test_numbers_are_those_of_numpy(shape: str, batch: int, optimize: bool) -> None:
+    c = lowered(shape=shape)
+    feed = feed_of(c.graph, batch)
+    y = run_model(c.graph, feed, optimize=optimize)[0]
+    assert difference([truth(feed["x"], c)], [y]) <= 1e-5
+
+
+def test_numbers_without_a_bias() -> None:
+    c = lowered("m = MatMul(x, w) y = Identity(m)")
+    feed = feed_of(c.graph)
+    assert difference([truth(feed["x"], c, bias=None)], run_model(c.graph, feed, optimize=True)) <= 1e-5
+    assert len(c.graph.find("Gemm")[0].inputs) == 2
+
+
+def test_the_form_of_a_linear() -> None:
+    c = lowered()
+    assert sorted(ops(c.graph)) == ["DequantizeLinear"] * 3 + ["Gemm", "QuantizeLinear", "Reshape", "Reshape"]
+    (gemm,) = c.graph.find("Gemm")
+    activation, weight, bias = (producer(t) for t in gemm.inputs)
+    assert (activation.inputs[0].dtype, value(activation.inputs[2]).dtype) == (np.uint8, np.uint8)
+    assert (value(weight.inputs[0]).dtype, weight.attrs["axis"], value(weight.inputs[0]).shape) == (np.int8, 1, (8, 6))
+    assert (value(bias.inputs[0]).dtype, bias.attrs["axis"], value(bias.inputs[0]).shape) == (np.int32, 0, (6,))
+    np.testing.assert_array_equal(value(bias.inputs[2]), 0)
+    assert [n.op for n in readers(gemm.outputs[0])] == ["Reshape"], "no QuantizeLinear follows: the kernel writes float"
+
+
+def test_the_bias_is_rounded_by_at_most_half_a_step() -> None:
+    c = lowered()
+    bias = producer(c.graph.find("Gemm")[0].inputs[2])
+    codes, scale = value(bias.inputs[0]).astype(np.float64), value(bias.inputs[1]).astype(np.float64)
+    name = c.annotations.linears[0].name
+    np.testing.assert_allclose(scale, c.params[Edge(name, 0)].scale * c.params[Edge(name, 1)].scale, rtol=1e-6)
+    assert (np.abs(BIAS - codes * scale) <= scale / 2).all()
+
+
+def test_a_bias_beyond_int32_is_clipped() -> None:
+    c = lowered(w=W * 1e-6, c=np.array([1e5, -1e5, 0, 1, -1, 1e-6], np.float32), low=-1e-3, high=1e-3)
+    codes = value(producer(c.graph.find("Gemm")[0].inputs[2]).inputs[0])
+    assert list(codes[:3]) == [2**31 - 1, -(2**31), 0]
+
+
+def test_one_number_for_all_weights() -> None:
+    """Per-tensor weights: scales and the bias scale are numbers."""
+    graph = graph_of("g (float[B, 5, 8] x) => (float y) { m = MatMul(x, w) y = Add(m, c) }", w=W, c=BIAS)
+    c = compilation(graph)
+    c.graph.infer_shapes()
+    c.annotations = understand(c.graph)
+    name = c.annotations.linears[0].name
+    c.params = {
+        Edge(name, 0): from_range(np.float32(-3), np.float32(3), QuantSpec()),
+        Edge(name, 1): from_range(W.min(), W.max(), QuantSpec(signed=True, symmetric=True)),
+    }
+    changes_of(c, "insert-qdq")
+    changes_of(c, "legalize")
+    feed = feed_of(c.graph)
+    assert difference([truth(feed["x"], c)], run_model(c.graph, feed, optimize=True)) <= 1e-5
+    assert "QGemm" in [node.op_type for node in runtime.optimized(c.graph.to_proto()).graph.node]
+
+
+def test_readers_of_one_tensor_share_one_quantizer() -> None:
+    c = lowered("q = MatMul(x, w) k = MatMul(x, w2) v = MatMul(x, w3) a = Mul(q, k) y = Mul(a, v)", w2=W + 1, w3=W - 1)
+    assert ops(c.graph).count("QuantizeLinear") == 1
+    assert ops(c.graph).count("Reshape") == 4, "one to flatten, three to restore"
+    assert ops(c.graph).count("Gemm") == 3
+
+
+def test_a_dynamic_token_count_falls_back_to_a_product() -> None:
+    c = lowered(shape="B, T, 8")
+    assert "Gemm" not in ops(c.graph)
+    name = c.annotations.linears[0].name
+    assert c.warnings == [f"{name}: its token count is not static; it stays a MatMul, which is a little slower"]
+    x = np.random.default_rng(5).normal(size=(2, 7, 8)).astype(np.float32)
+    name = c.annotations.linears[0].name
+    expected = fake_quantize(x, c.params[Edge(name, 0)]) @ fake_quantize(W, c.params[Edge(name, 1)]) + BIAS
+    assert difference([expected], run_model(c.graph, {"x": x}, optimize=True)) <= 1e-5
+
+
+def test_layers_without_params_are_left_alone() -> None:
+    c = compilation(graph_of("g (float[B, 5, 8] x) => (float[B, 5, 6] y) { y = MatMul(x, w) }", w=W))
+    c.annotations = understand(c.graph)
+    assert changes_of(c, "legalize") == 0
+    assert ops(c.graph) == ["MatMul"]
+
+
+# Rules
+
+
+QDQ = "q = QuantizeLinear(x, s, {zero}) a = DequantizeLinear(q, s, {zero}) "
+GEMM = "b = DequantizeLinear <axis = 1> (wq, ws, wz) y = Gemm({activation}, b{bias})"
+
+
+def violating(text: str) -> Graph:
+    held = {
+        "s": np.float32(0.1).reshape(()),
+        "u": np.uint8(128).reshape(()),
+        "i": np.int8(0).reshape(()),
+        "wq": np.ones((8, 6), np.int8),
+        "ws": np.ones(6, np.float32),
+        "wz": np.zeros(6, np.int8),
+        "cq": np.ones(6, np.int32),
+        "cz": np.zeros(6, np.int32),
+        "c": BIAS,
+    }
+    return graph_of(f"g (float[B, 8] x) => (float[B, N] y) {{ {text} }}", **held)
+
+
+GOOD = QDQ.format(zero="u") + "d = DequantizeLinear <axis = 0> (cq, ws, cz) " + GEMM.format(activation="a", bias=", d")
+VIOLATIONS = {
+    "Q without zero point": ("q = QuantizeLinear(x, s) y = DequantizeLinear(q, s, u)", "QuantizeLinear", "has no zero point"),
+    "DQ without zero point": ("q = QuantizeLinear(x, s, u) y = DequantizeLinear(q, s)", "DequantizeLinear", "has no zero point"),
+    "int8 activation": ("q = QuantizeLinear(x, s, i) y = DequantizeLinear(q, s, i)", "QuantizeLinear", "quantizes to int8"),
+    "float bias": (QDQ.format(zero="u") + GEMM.format(activation="a", bias=", c"), "Gemm", "has a float bias on an integer weight"),
+    "float activation": (GEMM.format(activation="x", bias=""), "Gemm", "has an integer weight but a float activation"),
+}
+
+
+def test_a_graph_that_keeps_all_rules() -> None:
+    Onnxruntime().check(violating(GOOD))
+    Onnxruntime().check(violating(QDQ.format(zero="u") + GEMM.format(activation="a", bias="")))
+    Onnxruntime().check(graph_of("g (float[B, 8] x) => (float[B, 6] y) { y = Gemm(x, w, c) }", w=W, c=BIAS))
+
+
+@pytest.mark.parametrize(("text", "op", "reason"), VIOLATIONS.values(), ids=VIOLATIONS)
+def test_every_rule_rejects(text: str, op: str, reason: str) -> None:
+    graph = violating(text)
+    with pytest.raises(TargetError, match=re.escape(f"target onnxruntime: {op} node ")) as caught:
+        Onnxruntime().check(graph)
+    assert reason in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_every_rule_has_a_violation() -> None:
+    broken = [
+        rule
+        for rule in Onnxruntime.rules
+        if any(not rule.holds(n) for text, _, _ in VIOLATIONS.values() for n in violating(text).find(rule.op))
+    ]
+    assert len(broken) == len(Onnxruntime.rules)
+
+
+# Whole models
+
+
+def compiled(dialect: Dialect, sizes: Sizes | None = None) -> Compilation:
+    c = compilation(vit(sizes or Sizes(depth=1, width=16, hidden=32), dialect))
+    run_passes(c, str(pipeline_for(c.recipe, c.target)))
+    return c
+
+
+@pytest.mark.parametrize("dialect", DIALECTS.values(), ids=DIALECTS)
+def test_every_block_linear_runs_as_an_integer_kernel(dialect: Dialect) -> None:
+    c = compiled(dialect)
+    found = kernels(runtime.optimized(c.graph.to_proto()))
+    for linear in c.annotations.linears:
+        if linear.role == "head":
+            continue
+        assert found[c.codes[Edge(linear.name, 1)]] == "QGemm", f"{linear.role} {linear.name}"
+    assert c.warnings == []
+
+
+@pytest.mark.parametrize("dialect", DIALECTS.values(), ids=DIALECTS)
+def test_the_compiled_model_is_close_to_float(dialect: Dialect) -> None:
+    sizes = Sizes(depth=2, width=16, hidden=32)
+    model, c = vit(sizes, dialect), compiled(dialect, sizes)
+    feed = next(iter(c.data.calibration()))
+    error = difference(run_model(model, feed), run_model(c.graph, feed, optimize=True))
+    assert 0 < error < 0.1
+    assert difference(run_model(c.graph, feed), run_model(c.graph, feed, optimize=True)) < 0.02, "fused kernels round as the graph says"
+
+
+def test_params_are_plain_numbers() -> None:
+    c = compiled(Dialect())
+    assert all(isinstance(params, QuantParams) and params.axis is None for edge, params in c.params.items() if edge.index == 0)
