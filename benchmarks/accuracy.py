@@ -126,7 +126,7 @@ def evaluate(task: Task, sessions: dict[str, Any], images: Array, labels: Array,
     scores = {name: Score() for name in sessions}
     names = [task.compared, task.answered]
     for start in range(0, len(order), BATCH):
-        if start % (BATCH * 16) == 0:
+        if start * 10 // len(order) != (start - BATCH) * 10 // len(order):  # ten times in all
             say(f"{task.name}: {start} of {len(order)} images")
         chosen = order[start : start + BATCH]
         batch = task.prepare(images[chosen])

@@ -175,7 +175,7 @@ def _passed_through(node: Node) -> Tensor | None:
                 return other
     if node.op == "Where" and (choice := _uniform(node.inputs[0])) is not None:
         kept = node.inputs[1] if choice else node.inputs[2]
-        return kept if kept.shape == node.outputs[0].shape or is_constant(kept) else None
+        return kept if (kept.shape and kept.shape == node.outputs[0].shape) or is_constant(kept) else None
     if node.op == "Where" and (guard := producer(node.inputs[0])) is not None and guard.op == "IsNaN" and guard.inputs[0] is node.inputs[2]:
         softmax = producer(node.inputs[2])
         if softmax is not None and softmax.op == "Softmax" and scalar(node.inputs[1]) == 0.0:

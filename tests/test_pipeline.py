@@ -159,13 +159,13 @@ def test_bad_syntax(text: str) -> None:
     ("options", "message"),
     [
         ("bots=4", r"pass tune has no option 'bots': it has loud, bits, strength, observer-kind"),
-        ("bits=four", r"pass tune: option bits cannot be 'four', it takes a int"),
-        ("bits=4,strength=1", r"option bits cannot be .4,strength=1., it takes a int"),
+        ("bits=four", r"pass tune: option bits cannot be 'four', it needs type int"),
+        ("bits=4,strength=1", r"option bits cannot be .4,strength=1., it needs type int"),
         ("bits=4.5", r"option bits cannot be '4.5'"),
         ("bits=", r"option bits cannot be ''"),
         ("bits", r"option bits cannot be ''"),
-        ("strength=much", r"option strength cannot be 'much', it takes a float"),
-        ("loud=maybe", r"option loud cannot be 'maybe', it takes a bool"),
+        ("strength=much", r"option strength cannot be 'much', it needs type float"),
+        ("loud=maybe", r"option loud cannot be 'maybe', it needs type bool"),
         ("loud=1", r"option loud cannot be '1'"),
         ("bits=101", r"pass tune: bits must be at most 100"),
         ("name=other", r"pass tune has no option 'name'"),
@@ -192,10 +192,10 @@ def test_unknown_passes_are_refused_with_a_suggestion() -> None:
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("tune", "pass tune needs a graph that is canonical"),
-        ("finish", "pass finish needs a graph that is calibrated and canonical"),
-        ("start,finish", "pass finish needs a graph that is calibrated"),
-        ("start,tune,disturb,finish", "pass finish needs a graph that is calibrated"),
+        ("tune", "pass tune needs what is canonical"),
+        ("finish", "pass finish needs what is calibrated and canonical"),
+        ("start,finish", "pass finish needs what is calibrated"),
+        ("start,tune,disturb,finish", "pass finish needs what is calibrated"),
     ],
 )
 def test_a_missing_requirement_is_refused_when_built(text: str, message: str) -> None:
@@ -212,7 +212,7 @@ def test_dropped_facts_can_be_provided_again() -> None:
 
 
 def test_fusing_after_calibration_is_refused() -> None:
-    with pytest.raises(RecipeError, match="pass compute-qparams needs a graph that is calibrated"):
+    with pytest.raises(RecipeError, match="pass compute-qparams needs what is calibrated"):
         Pipeline.parse("canonicalize,annotate,calibrate,fuse-attention,compute-qparams", find_pass)
 
 

@@ -11,11 +11,13 @@ Array = NDArray[Any]
 
 
 def sqnr(reference: Array, other: Array) -> float:
-    """Signal to quantization noise in dB: 10 log10(sum y^2 / sum (y - other)^2); infinite where equal, -inf without signal."""
+    """Signal to quantization noise in dB: 10 log10(sum y^2 / sum (y - other)^2); inf where equal, -inf without signal or with a NaN."""
     signal = float(np.sum(np.square(reference, dtype=np.float64)))
     noise = float(np.sum(np.square(np.subtract(reference, other, dtype=np.float64))))
     if noise == 0:
         return float("inf")
+    if not np.isfinite(noise):
+        return float("-inf")  # an output that is NaN or Inf is all noise
     return float(10 * np.log10(signal / noise)) if signal > 0 else float("-inf")
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import tempfile
+from itertools import count
 from pathlib import Path
 
 import numpy as np
@@ -138,22 +139,28 @@ def convert_opset(model: onnx.ModelProto, opset: int, path: Path) -> onnx.ModelP
     return converted
 
 
+def model_files(path: Path) -> list[Path]:
+    """A model file and the files of its external data; only the file itself where it cannot be read."""
+    try:
+        model = onnx.load(path, load_external_data=False)
+    except Exception:  # what is wrong with it is said by `read_model`
+        return [path]
+    return [path, *sorted({path.parent / e.value for t in model.graph.initializer for e in t.external_data if e.key == "location"})]
+
+
 def file_bytes(path: Path) -> int:
     """Size of a model file and of its external data."""
-    model = onnx.load(path, load_external_data=False)
-    external = {entry.value for t in model.graph.initializer for entry in t.external_data if entry.key == "location"}
-    external_bytes = sum((path.parent / name).stat().st_size for name in external)
-    return int(path.stat().st_size + external_bytes)
+    return sum(file.stat().st_size for file in model_files(path))
 
 
 def check_output(path: Path, model: Path) -> None:
     """Refuse an output that cannot be written, before any work is done.
 
     Raises:
-        OutputError: it is the input, a directory, or in a folder that is missing or read-only.
+        OutputError: it is the input or its data, a directory, or in a folder that is missing or read-only.
     """
-    if path.exists() and model.exists() and path.samefile(model):
-        raise OutputError(f"output {path}: is the input model; give another name with -o")
+    if path.exists() and any(file.exists() and path.samefile(file) for file in model_files(model)):
+        raise OutputError(f"output {path}: is the input model or its data; give another name")
     if path.is_dir():
         raise OutputError(f"output {path}: is a directory; give a file name with -o")
     if not path.parent.is_dir():
@@ -165,7 +172,7 @@ def check_output(path: Path, model: Path) -> None:
 def write_model(model: onnx.ModelProto, path: Path) -> None:
     """Write ``model`` so that ``path`` holds either what it held before or the whole new file.
 
-    A model over 2 GB puts its weights into ``<name>.data`` beside it.
+    A model over 2 GB puts its weights into a data file beside it, of a new name, so that an old model keeps its own.
 
     Raises:
         OutputError: the disk refuses.
@@ -176,8 +183,9 @@ def write_model(model: onnx.ModelProto, path: Path) -> None:
             if model.ByteSize() < PROTOBUF_LIMIT:
                 staged.write_bytes(model.SerializeToString(deterministic=True))
             else:
-                onnx.save(model, staged, save_as_external_data=True, location=f"{path.name}.data")
-                (Path(folder) / f"{path.name}.data").replace(path.parent / f"{path.name}.data")
+                data = next(name for n in count() if not (path.parent / (name := f"{path.name}.{n}.data")).exists())
+                onnx.save(model, staged, save_as_external_data=True, location=data)
+                (Path(folder) / data).replace(path.parent / data)
             staged.replace(path)
     except OSError as error:
         raise OutputError(f"output {path}: cannot be written ({error.strerror or error})") from error

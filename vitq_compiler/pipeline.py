@@ -125,7 +125,9 @@ class Pipeline:
         for p in self.passes:
             missing = sorted(f.value for f in p.requires - known)
             if missing:
-                raise RecipeError(f"pass {p.name} needs a graph that is {' and '.join(missing)}: put a pass before it that provides this")
+                raise RecipeError(
+                    f"pass {p.name} needs what is {' and '.join(missing)}: put a pass that provides this before it"
+                )
             known = (known | p.provides) - p.drops
 
     @classmethod
@@ -180,10 +182,14 @@ def _build(kind: type[Pass], options: str) -> Pass:
         option = known.get(key.replace("-", "_"))
         if option is None:
             raise RecipeError(f"pass {kind.name} has no option {key!r}: it has {', '.join(known).replace('_', '-') or 'none'}")
+        if option.name in values:
+            raise RecipeError(f"pass {kind.name}: option {key} is given twice; keep one")
         try:
             values[option.name] = _read(text, type(option.default))
         except ValueError:
-            raise RecipeError(f"pass {kind.name}: option {key} cannot be {text!r}, it takes a {type(option.default).__name__}") from None
+            raise RecipeError(
+                f"pass {kind.name}: option {key} cannot be {text!r}, it needs type {type(option.default).__name__}"
+            ) from None
     try:
         return kind(**values)
     except ValueError as error:

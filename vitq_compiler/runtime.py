@@ -16,7 +16,8 @@ from vitq_compiler.graph import Array, Graph, InputSpec
 Feed = dict[str, Array]
 PROTOBUF_LIMIT = 2**31 - 2**20  # bytes; a larger model must go through files with external data
 
-ort.set_default_logger_severity(3)
+ort.set_default_logger_severity(4)  # what goes wrong is raised and told once
+ort.disable_telemetry_events()
 
 
 def session(
@@ -34,7 +35,7 @@ def session(
         TargetError: the runtime cannot load the graph.
     """
     options = ort.SessionOptions()
-    options.log_severity_level = 3
+    options.log_severity_level = 4
     options.intra_op_num_threads = threads
     levels = ort.GraphOptimizationLevel
     options.graph_optimization_level = levels.ORT_ENABLE_ALL if optimize else levels.ORT_DISABLE_ALL

@@ -1,6 +1,7 @@
-"""The shipped model stays as good as it was: top-1 on 500 labelled test images of CIFAR-10, float against integer."""
+"""The shipped model: what becomes of it, and its top-1 on 500 labelled test images of CIFAR-10, float against integer."""
 
 import json
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -10,8 +11,10 @@ from numpy.typing import NDArray
 
 from tests.e2e.command import SHIPPED
 from vitq_compiler.compiler import compile
+from vitq_compiler.report import CompileReport
 
 LABELLED = Path(__file__).parents[1] / "data" / "cifar10_test_500.npz"
+MIN_SQNR = 25.0
 MIN_TOP1 = 0.75
 MAX_LOST = 5  # images, one point of 500
 MIN_AGREEMENT = 0.97
@@ -27,13 +30,32 @@ def classes(model: Path, images: NDArray[np.uint8]) -> NDArray[np.int64]:
     return np.concatenate([session.run(["logits"], {"pixel_values": batch})[0].argmax(1) for batch in batches])
 
 
-def test_accuracy(tmp_path: Path) -> None:
+@pytest.fixture(scope="module")
+def compiled(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, CompileReport]:
+    """The integer file, alone in its folder, and the report."""
     if not SHIPPED.is_file():
         pytest.skip(f"{SHIPPED.name} is not there")
-    data = np.load(LABELLED)
-    report = compile(SHIPPED, tmp_path / "out.onnx")
+    output = tmp_path_factory.mktemp("shipped") / "out.onnx"
+    before = SHIPPED.read_bytes()
+    report = compile(SHIPPED, output)
+    assert SHIPPED.read_bytes() == before
+    return output, report
+
+
+def test_the_shipped_model(compiled: tuple[Path, CompileReport]) -> None:
+    output, report = compiled
+    assert [path.name for path in output.parent.iterdir()] == ["out.onnx"]
+    assert output.stat().st_size < SHIPPED.stat().st_size / 3
+    assert Counter(row.role for row in report.linears if row.integer) == {"patch_embed": 1, "qkv": 6, "proj": 6, "fc1": 6, "fc2": 6}
+    assert [row.role for row in report.linears if not row.integer] == ["head"]
+    assert report.validation.outputs[0].sqnr_db > MIN_SQNR
     assert report.data.source == "32 built-in images"
-    floating, integer = (classes(path, data["images"]) for path in (SHIPPED, tmp_path / "out.onnx"))
+    assert report.data.preprocess.startswith("preprocessor_config.json beside the model")
+
+
+def test_top1(compiled: tuple[Path, CompileReport]) -> None:
+    data = np.load(LABELLED)
+    floating, integer = (classes(path, data["images"]) for path in (SHIPPED, compiled[0]))
     before, after = (int(np.sum(found == data["labels"])) for found in (floating, integer))
     assert before >= MIN_TOP1 * len(data["labels"])
     assert after >= before - MAX_LOST

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from tests import builders
-from tests.e2e.command import FAST, OLD, SHIPPED, WIDE, contents, run, write_vit
+from tests.e2e.command import FAST, OLD, WIDE, contents, run, write_vit
 from vitq_compiler.builtin_images import dead_leaves
 from vitq_compiler.compiler import compile
 from vitq_compiler.metrics import sqnr
@@ -114,18 +114,6 @@ def test_without_the_attention_operator(folder: Path, monkeypatch: pytest.Monkey
 
 
 # The file
-
-
-def test_the_shipped_model(tmp_path: Path) -> None:
-    if not SHIPPED.is_file():
-        pytest.skip(f"{SHIPPED.name} is not there")
-    before = SHIPPED.read_bytes()
-    report = compile(SHIPPED, tmp_path / "out.onnx")
-    assert SHIPPED.read_bytes() == before
-    assert_integer(report, 26)
-    assert report.validation.outputs[0].sqnr_db > 25
-    assert (tmp_path / "out.onnx").stat().st_size < len(before) / 3
-    assert contents(tmp_path).keys() == {"out.onnx"}
 
 
 def test_the_file_depends_on_the_seed_alone(folder: Path) -> None:

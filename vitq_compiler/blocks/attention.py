@@ -65,10 +65,12 @@ class Attention:
 
 
 def find_attention(graph: Graph, linears: list[Linear]) -> tuple[list[Attention], list[MatchFailure]]:
-    """All attention blocks in graph order, and for each Softmax that is none the reason."""
+    """All attention blocks in graph order, and for each Softmax before a product that is none the reason."""
     found: list[Attention] = []
     failures: list[MatchFailure] = []
     for softmax in graph.find("Softmax"):
+        if not any(reader.op == "MatMul" for reader in readers(softmax.outputs[0])):
+            continue  # a classifier's, not an attention block at all
         try:
             found.append(match_attention(softmax, linears))
             found[-1].index = len(found) - 1
