@@ -2,9 +2,9 @@
 
     softmax(scale * q k^T + mask) v, q, k, v split from Linear layers by views  ->  Attention(q, k, v; heads, scale)
 
-The output features of the Linear layers are put in the order q, k, v, head by head, by permuting weight columns, so that
-q, k and v are consecutive slices and no Transpose is left (ONNX Attention, opset 23). Where the runtime has no such
-operator the graph stays as it is.
+A Linear that gives more than one of q, k, v, or gives their heads interleaved, is taken apart by weight columns into one
+Linear for each: then no Split and no Transpose is left (ONNX Attention, opset 23). Where the runtime has no such operator
+the graph stays as it is.
 """
 
 from __future__ import annotations
@@ -13,7 +13,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from vitq_compiler.blocks.attention import Attention, feeds_only
+from vitq_compiler.blocks.attention import Attention, HeadView, feeds_only
+from vitq_compiler.blocks.linear import Linear
 from vitq_compiler.graph import Graph, Tensor, is_constant, value
 from vitq_compiler.pattern import MatchFailure
 from vitq_compiler.pipeline import Compilation, Fact, Pass
@@ -41,7 +42,7 @@ class FuseAttention(Pass):
         changes = 0
         for attention in c.annotations.attentions:
             try:
-                _fuse(c.graph, attention)
+                _fuse(c, attention)
                 changes += 1
             except MatchFailure as failure:
                 self.note(c, attention.softmax.name, f"attention kept decomposed: {failure.reason}")
@@ -49,10 +50,10 @@ class FuseAttention(Pass):
         return changes
 
 
-def _fuse(graph: Graph, attention: Attention) -> None:
-    mask = [] if attention.mask is None else [_mask(graph, attention, attention.mask)]
-    operands = [*_operands(graph, attention), *mask]
-    output = graph.insert(
+def _fuse(c: Compilation, attention: Attention) -> None:
+    mask = [] if attention.mask is None else [_mask(c.graph, attention, attention.mask)]
+    operands = [*_operands(c, attention), *mask]
+    output = c.graph.insert(
         "Attention",
         operands,
         name=f"{attention.softmax.name}/attention",
@@ -76,27 +77,33 @@ def _mask(graph: Graph, attention: Attention, mask: Tensor) -> Tensor:
     return mask
 
 
-def _operands(graph: Graph, attention: Attention) -> list[Tensor]:
+def _operands(c: Compilation, attention: Attention) -> list[Tensor]:
+    """q, k and v, each of shape [batch, tokens, heads * head_dim] and the whole output of a Linear."""
     views = (attention.q, attention.k, attention.v)
-    found: dict[int, Tensor] = {}
     for linear in attention.linears:
-        mine = [view for view in views if view.linear.matmul is linear.matmul]
-        columns = np.concatenate([view.columns for view in mine])
-        if len(columns) != linear.out_features or len(np.unique(columns)) != len(columns):
-            raise MatchFailure(f"{linear.name} has {linear.out_features} output features, of which {len(np.unique(columns))} are used")
-        if not np.array_equal(columns, np.arange(len(columns))):
-            if not feeds_only(graph, linear.output, attention):
-                raise MatchFailure(f"{linear.name} is read by more than this attention, so its features cannot be reordered")
-            linear.weight.values = value(linear.weight)[:, columns]
-            if linear.bias is not None:
-                linear.bias.values = value(linear.bias)[columns]
-        ends = np.cumsum([len(view.columns) for view in mine])
-        for view, end in zip(mine, ends, strict=True):
-            view.columns = np.arange(end - len(view.columns), end)
-        parts: list[Tensor] = [linear.output]
-        if len(mine) > 1:
-            sizes = graph.constant(f"{linear.name}/sizes", np.array([len(view.columns) for view in mine], np.int64))
-            split = graph.add("Split", [linear.output, sizes], name=f"{linear.name}/split", outputs=len(mine), axis=-1)
-            parts = split if isinstance(split, list) else [split]
-        found.update({id(view): part for view, part in zip(mine, parts, strict=True)})
-    return [found[id(view)] for view in views]
+        mine = [view for view in views if view.linear is linear]
+        if len(mine) == 1 and np.array_equal(mine[0].columns, np.arange(linear.out_features)):
+            continue
+        if not feeds_only(c.graph, linear.output, attention):
+            raise MatchFailure(f"{linear.name} is read by more than this attention, so its features cannot be taken apart")
+        parts = [_part(c.graph, linear, view) for view in mine]
+        c.move_specs(linear.name, [part.name for part in parts])
+        place = c.annotations.linears.index(linear)
+        c.annotations.linears[place : place + 1] = parts
+    return [view.linear.output for view in views]
+
+
+def _part(graph: Graph, linear: Linear, view: HeadView) -> Linear:
+    """The output features of ``view`` as a Linear of their own."""
+    weight = graph.constant(f"{linear.weight.name}/part", value(linear.weight)[:, view.columns])
+    name = f"{linear.name}/part"
+    output = graph.insert("MatMul", [linear.input, weight], name=name)
+    part = Linear(output.inputs[0], None, linear.role, linear.block)
+    if linear.bias is not None:
+        bias = graph.constant(f"{linear.bias.name}/part", value(linear.bias)[view.columns])
+        output = graph.insert("Add", [output, bias], name=f"{name}/add")
+        part.add = output.inputs[0]
+    for tensor in (part.matmul.outputs[0], output):
+        tensor.dtype, tensor.shape = linear.output.dtype, [*linear.output.shape[:-1], len(view.columns)]
+    view.linear, view.columns = part, np.arange(len(view.columns))
+    return part

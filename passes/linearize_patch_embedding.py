@@ -41,9 +41,7 @@ class LinearizePatchEmbedding(Pass):
                 continue
             c.annotations.linears.insert(0, linear)
             c.annotations.patch_embeddings.remove(node)
-            for index in (0, 1):
-                if (spec := c.specs.pop(Edge(node.name, index), None)) is not None:
-                    c.specs[Edge(linear.name, index)] = spec
+            c.move_specs(node.name, [linear.name])
             changes += 1
         c.graph.clean().infer_shapes()
         return changes

@@ -9,8 +9,8 @@ from __future__ import annotations
 import re
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable
-from dataclasses import dataclass, field, fields
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, fields, replace
 from enum import Enum
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
@@ -70,6 +70,15 @@ class Compilation:
     warnings: list[str] = field(default_factory=list)
     threads: int = 0
     progress: Progress = silent
+
+    def move_specs(self, old: str, new: Sequence[str]) -> None:
+        """Let the nodes ``new``, which take the place of the node ``old``, become what it was to become, for the same reasons."""
+        for edge in [e for e in self.specs if e.node == old]:
+            spec = self.specs.pop(edge)
+            self.specs.update({replace(edge, node=name): spec for name in new})
+        for note in [n for n in self.notes if n.where == old]:
+            self.notes.remove(note)
+            self.notes += [replace(note, where=name) for name in new]
 
 
 @dataclass(frozen=True)

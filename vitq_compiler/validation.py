@@ -67,7 +67,8 @@ def compare_blocks(floating: Graph, integer: Graph, edges: dict[str, Edge], feed
             tensor.dtype = np.dtype(np.float32)
         copy.set_outputs(tensors)
         values.append(run(session(copy, threads=threads), feed, [t.name for t in tensors]))
-    return tuple(BlockRow(name, metrics.sqnr(a, b)) for name, a, b in zip(edges, *values, strict=True))
+    # a target may have flattened the tokens
+    return tuple(BlockRow(name, metrics.sqnr(a, b.reshape(a.shape))) for name, a, b in zip(edges, *values, strict=True))
 
 
 def time_pair(floating: ort.InferenceSession, integer: ort.InferenceSession, feed: Feed, threads: int) -> LatencyRow:

@@ -16,6 +16,7 @@ from vitq_compiler.blocks.linear import Linear
 from vitq_compiler.graph import Graph, Node, Tensor, producer, value
 from vitq_compiler.quant import Edge, QuantParams
 from vitq_compiler.target import Rule, Target
+from vitq_compiler.targets._flat_stream import flatten_stream
 
 if TYPE_CHECKING:
     from vitq_compiler.pipeline import Compilation
@@ -67,7 +68,18 @@ class Onnxruntime(Target):
                 c.warnings.append(f"{linear.name}: {reason}; it stays a MatMul, which is a little slower")
             else:
                 changes += 1
-        return changes
+        return changes + _keep_apart(c.graph) + flatten_stream(c.graph)
+
+
+def _keep_apart(graph: Graph) -> int:
+    """Add before LayerNormalization -> Sum, which is the same but is not fused into the much slower SkipLayerNormalization."""
+    changes = 0
+    for node in graph.find("LayerNormalization"):
+        add = producer(node.inputs[0])
+        if add is not None and add.op == "Add":
+            add.op = "Sum"
+            changes += 1
+    return changes
 
 
 def _to_gemm(graph: Graph, linear: Linear, activation: QuantParams, weight: QuantParams, flat: dict[str, Tensor]) -> str:
