@@ -79,24 +79,23 @@ def _mask(graph: Graph, attention: Attention, mask: Tensor) -> Tensor:
 
 def _operands(c: Compilation, attention: Attention) -> list[Tensor]:
     """q, k and v, each of shape [batch, tokens, heads * head_dim] and the whole output of a Linear."""
-    views = (attention.q, attention.k, attention.v)
+    views = {"q": attention.q, "k": attention.k, "v": attention.v}
     for linear in attention.linears:
-        mine = [view for view in views if view.linear is linear]
-        if len(mine) == 1 and np.array_equal(mine[0].columns, np.arange(linear.out_features)):
+        mine = {letter: view for letter, view in views.items() if view.linear is linear}
+        if len(mine) == 1 and all(np.array_equal(view.columns, np.arange(linear.out_features)) for view in mine.values()):
             continue
         if not feeds_only(c.graph, linear.output, attention):
             raise MatchFailure(f"{linear.name} is read by more than this attention, so its features cannot be taken apart")
-        parts = [_part(c.graph, linear, view) for view in mine]
+        parts = [_part(c.graph, linear, view, f"{linear.name}/{letter}") for letter, view in mine.items()]
         c.move_specs(linear.name, [part.name for part in parts])
         place = c.annotations.linears.index(linear)
         c.annotations.linears[place : place + 1] = parts
-    return [view.linear.output for view in views]
+    return [view.linear.output for view in views.values()]
 
 
-def _part(graph: Graph, linear: Linear, view: HeadView) -> Linear:
-    """The output features of ``view`` as a Linear of their own."""
+def _part(graph: Graph, linear: Linear, view: HeadView, name: str) -> Linear:
+    """The output features of ``view`` as a Linear of their own, called ``name``."""
     weight = graph.constant(f"{linear.weight.name}/part", value(linear.weight)[:, view.columns])
-    name = f"{linear.name}/part"
     output = graph.insert("MatMul", [linear.input, weight], name=name)
     part = Linear(output.inputs[0], None, linear.role, linear.block)
     if linear.bias is not None:

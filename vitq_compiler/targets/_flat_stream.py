@@ -52,8 +52,8 @@ def _is_rowwise(node: Node, rows: dict[int, Tensor]) -> bool:
 
 def _aligned(shape: list[int | str | None], other: list[int | str | None]) -> bool:
     """Whether nothing is broadcast between the two; a dynamic first axis is the batch whatever its name."""
-    batches = [d if isinstance(d, int) else None for d in (shape + [0])[:1] + other[:1]]
-    return shape[1:] == other[1:] and batches[0] == batches[1]
+    batches = [d if isinstance(d, int) else None for d in (*shape[:1], *other[:1])]
+    return shape[1:] == other[1:] and len(set(batches)) == 1
 
 
 def _move(graph: Graph, node: Node, rows: dict[int, Tensor]) -> None:

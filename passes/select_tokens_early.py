@@ -1,0 +1,121 @@
+"""Compute only the tokens that are read.
+
+    f(x)[:, i]  ->  f(x[:, i])      for f a Linear, LayerNormalization, an elementwise operation, or attention (its queries)
+
+A classifier that reads the class token alone leaves all other tokens of the last block's MLP, of its output projection
+and of its queries unread; so does every selection of tokens by Gather or Slice. Exact, for float and integers alike.
+
+Precondition: everything that reads f(x) selects the same tokens. A Linear whose input others read too keeps it, so that
+one quantizer and one LayerNormalization serve them all.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from vitq_compiler.blocks.linear import Linear
+from vitq_compiler.graph import Graph, Node, Tensor, is_constant, producer, readers, value
+from vitq_compiler.pipeline import Compilation, Fact, Pass
+
+Tokens = tuple[int, ...]
+ELEMENTWISE = frozenset({"Add", "Sub", "Mul", "Div", "Gelu", "Relu", "Sigmoid", "Tanh", "Erf"})
+
+
+@dataclass(frozen=True)
+class SelectTokensEarly(Pass):
+    """f(x)[:, i] -> f(x[:, i])"""
+
+    name = "select-tokens-early"
+    requires = frozenset({Fact.ANNOTATED})
+    drops = frozenset({Fact.CALIBRATED, Fact.QPARAMS})
+    exact = True
+
+    def run(self, c: Compilation) -> int:
+        linears = {id(linear.output): linear for linear in c.annotations.linears}
+        changes = 0
+        while moved := sum(_move(c.graph, node, linears) for node in reversed(c.graph.clean().nodes)):
+            changes += moved
+        return changes
+
+
+def _move(graph: Graph, node: Node, linears: dict[int, Linear]) -> int:
+    """Select the inputs of ``node`` instead of its output, if that can be; returns 1 if so."""
+    result = node.outputs[0] if len(node.outputs) == 1 else None
+    if result is None or len(result.shape or ()) != 3 or not isinstance(result.shape[1], int):
+        return 0
+    tokens = _selected(graph, result)
+    if tokens is None or len(tokens) == result.shape[1]:
+        return 0
+    linear = linears.get(id(result))
+    inputs = _linear_inputs(linear) if linear is not None else _inputs(graph, node, tokens)
+    if inputs is None:
+        return 0
+    target = linear.matmul if linear is not None else node
+    for index, tensor in inputs.items():
+        target.inputs[index] = tensor if is_constant(tensor) else _pick(graph, tensor, tokens)
+    for shortened in {id(t): t for t in (target.outputs[0], result)}.values():
+        shortened.shape = [shortened.shape[0], len(tokens), *shortened.shape[2:]]
+    for reader in readers(result):
+        if reader.op == "Gather" and value(reader.inputs[1]).ndim == 0:
+            reader.inputs[1] = graph.constant(f"{reader.name}/first", np.array(0, np.int64))  # it still drops the axis
+        else:
+            graph.replace(reader.outputs[0], result)
+    return 1
+
+
+def _selected(graph: Graph, tensor: Tensor) -> Tokens | None:
+    """The tokens that every reader of ``tensor`` selects, or None where they differ or one reads all."""
+    if graph.is_output(tensor):
+        return None
+    chosen = {_tokens(reader, tensor) for reader in readers(tensor)}
+    return chosen.pop() if len(chosen) == 1 else None
+
+
+def _tokens(reader: Node, tensor: Tensor) -> Tokens | None:
+    if reader.inputs[0] is not tensor or not all(is_constant(t) for t in reader.inputs[1:]):
+        return None
+    numbers = np.arange(tensor.shape[1])
+    arguments = [value(t) for t in reader.inputs[1:]]
+    if reader.op == "Gather" and reader.attrs.get("axis", 0) == 1 and arguments[0].ndim <= 1:
+        return tuple(numbers[arguments[0]].reshape(-1).tolist())
+    if reader.op == "Slice" and len(arguments) >= 3 and arguments[2].tolist() == [1]:
+        step = int(arguments[3][0]) if len(arguments) > 3 else 1
+        return tuple(numbers[int(arguments[0][0]) : int(arguments[1][0]) : step].tolist()) if step > 0 else None
+    return None
+
+
+def _linear_inputs(linear: Linear) -> dict[int, Tensor] | None:
+    return {0: linear.input} if len(linear.input.outputs) == 1 else None
+
+
+def _inputs(graph: Graph, node: Node, tokens: Tokens) -> dict[int, Tensor] | None:
+    """The inputs of ``node`` that have a token axis, constants already selected; None where it cannot be moved."""
+    shape = list(node.outputs[0].shape)
+    if node.op == "LayerNormalization" and node.attrs.get("axis", -1) in (-1, 2):
+        return {0: node.inputs[0]}
+    if node.op == "Attention" and len(node.inputs) == 3 and len(node.inputs[0].shape or ()) == 3:
+        return {0: node.inputs[0]}
+    if node.op not in ELEMENTWISE:
+        return None
+    found = {}
+    for index, tensor in enumerate(node.inputs):
+        if not is_constant(tensor):
+            if list(tensor.shape or [])[1:] != shape[1:] or producer(tensor) is None:
+                return None
+            found[index] = tensor
+        elif value(tensor).ndim > 1 and value(tensor).shape[-2] != 1:
+            found[index] = graph.constant(f"{tensor.name}/selected", value(tensor)[..., list(tokens), :])
+    return found
+
+
+def _pick(graph: Graph, tensor: Tensor, tokens: Tokens) -> Tensor:
+    """``tensor[:, tokens]``; the same node for all who ask."""
+    for reader in readers(tensor):
+        if reader.op == "Gather" and _tokens(reader, tensor) == tokens and value(reader.inputs[1]).ndim == 1:
+            return reader.outputs[0]
+    index = graph.constant(f"{tensor.name}/tokens", np.array(tokens, np.int64))
+    picked = graph.insert("Gather", [tensor, index], name=f"{tensor.name}/selected", like=tensor, axis=1)
+    picked.shape = [tensor.shape[0], len(tokens), *tensor.shape[2:]]
+    return picked
