@@ -95,7 +95,8 @@ def _inputs(graph: Graph, node: Node, tokens: Tokens) -> dict[int, Tensor] | Non
     shape = list(node.outputs[0].shape)
     if node.op == "LayerNormalization" and node.attrs.get("axis", -1) in (-1, 2):
         return {0: node.inputs[0]}
-    if node.op == "Attention" and len(node.inputs) == 3 and len(node.inputs[0].shape or ()) == 3:
+    plain = len(node.inputs) == 3 and not node.attrs.get("is_causal", 0)  # masks count queries
+    if node.op == "Attention" and plain and len(node.inputs[0].shape or ()) == 3:
         return {0: node.inputs[0]}
     if node.op not in ELEMENTWISE:
         return None

@@ -462,9 +462,9 @@ def vit(sizes: Sizes | None = None, dialect: Dialect = TIMM) -> onnx.ModelProto:
     return w.model({"image": [batch, 3, sizes.image, sizes.image]}, {"logits": [batch, sizes.classes]})
 
 
-def roles_of(sizes: Sizes, dialect: Dialect) -> list[str]:
-    """The role of every Linear, in graph order."""
-    block = ["qkv"] * (3 if dialect.qkv == "separate" else 1) + ["proj", "fc1", "fc2"]
+def roles_of(sizes: Sizes, dialect: Dialect, *, fused: bool = False) -> list[str]:
+    """The role of every Linear, in graph order; once ``fused``, q, k and v are Linears of their own in every dialect."""
+    block = ["qkv"] * (3 if fused or dialect.qkv == "separate" else 1) + ["proj", "fc1", "fc2"]
     return block * sizes.depth + ["head"]
 
 

@@ -13,6 +13,13 @@ def test_sqnr_of_known_noise() -> None:
     assert sqnr(np.zeros(2), np.ones(2)) == float("-inf")
 
 
+@pytest.mark.parametrize("broken", [np.nan, np.inf, -np.inf])
+def test_sqnr_of_what_is_no_number(broken: float) -> None:
+    """All noise: below every gate, which a NaN would not be."""
+    assert sqnr(np.array([3.0, 4.0]), np.array([3.0, broken])) == float("-inf")
+    assert sqnr(np.array([3.0, broken]), np.array([3.0, 4.0])) == float("-inf")
+
+
 def test_cosine() -> None:
     assert cosine(np.array([1.0, 0.0]), np.array([2.0, 0.0])) == pytest.approx(1.0)
     assert cosine(np.array([1.0, 0.0]), np.array([0.0, 1.0])) == pytest.approx(0.0)

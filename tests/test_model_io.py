@@ -1,6 +1,7 @@
 """Model files: every unfit input is one line that says what to do; an output appears whole or not at all."""
 
 import os
+import shutil
 import stat
 from collections.abc import Callable
 from pathlib import Path
@@ -377,9 +378,29 @@ def test_a_model_over_the_limit_gets_external_data(tmp_path: Path, monkeypatch: 
     monkeypatch.setattr(model_io, "PROTOBUF_LIMIT", 100)
     expected = run_model(big, {"x": np.ones((1, 64), np.float32)})
     write_model(big, tmp_path / "out.onnx")
-    assert files(tmp_path) == ["out.onnx", "out.onnx.data"]
+    assert files(tmp_path) == ["out.onnx", "out.onnx.0.data"]
     again = read_model(tmp_path / "out.onnx")
     np.testing.assert_array_equal(run_model(again, {"x": np.ones((1, 64), np.float32)})[0], expected[0])
+
+
+def test_data_of_an_older_output_is_never_overwritten(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The data file is put in place before the model, so that a model that is there always finds its own."""
+    monkeypatch.setattr(model_io, "PROTOBUF_LIMIT", 100)
+    text, feed = "g (float[B, 64] x) => (float[B, 64] y) { y = MatMul(x, w) }", {"x": np.ones((1, 64), np.float32)}
+    path = tmp_path / "out.onnx"
+    write_model(model_of(text, w=np.eye(64, dtype=np.float32)), path)
+    shutil.copy(path, tmp_path / "kept.onnx")
+    write_model(model_of(text, w=2 * np.eye(64, dtype=np.float32)), path)
+    assert files(tmp_path) == ["kept.onnx", "out.onnx", "out.onnx.0.data", "out.onnx.1.data"]
+    for name, expected in {"kept.onnx": 1, "out.onnx": 2}.items():
+        np.testing.assert_array_equal(run_model(read_model(tmp_path / name), feed)[0], expected)
+
+
+def test_the_output_is_the_data_of_the_input(tmp_path: Path) -> None:
+    model = model_of("g (float[B, 64] x) => (float[B, 64] y) { y = MatMul(x, w) }", w=np.eye(64, dtype=np.float32))
+    onnx.save(model, tmp_path / "in.onnx", save_as_external_data=True, location="weights.bin", size_threshold=0)
+    refused_output(tmp_path / "weights.bin", tmp_path / "in.onnx", "is the input model or its data; give another name")
+    check_output(tmp_path / "other.bin", tmp_path / "in.onnx")
 
 
 def test_all_these_errors_are_for_the_user() -> None:

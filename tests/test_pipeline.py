@@ -9,7 +9,8 @@ from hypothesis import strategies as st
 
 from tests.builders import compilation, find_pass, graph_of
 from vitq_compiler.errors import ModelError, PassError, RecipeError
-from vitq_compiler.pipeline import Compilation, Fact, Pass, PassResult, Pipeline
+from vitq_compiler.pipeline import Compilation, Fact, Note, Pass, PassResult, Pipeline
+from vitq_compiler.quant import Edge, QuantSpec
 
 
 @dataclass(frozen=True)
@@ -169,6 +170,10 @@ def test_bad_syntax(text: str) -> None:
         ("loud=1", r"option loud cannot be '1'"),
         ("bits=101", r"pass tune: bits must be at most 100"),
         ("name=other", r"pass tune has no option 'name'"),
+        ("bits=4 bits=5", r"pass tune: option bits is given twice; keep one"),
+        ("bits=4 bits=4", r"option bits is given twice"),
+        ("loud loud=false", r"option loud is given twice"),
+        ("observer-kind=a observer_kind=b", r"option observer_kind is given twice"),
     ],
 )
 def test_bad_options(options: str, message: str) -> None:
@@ -199,7 +204,7 @@ def test_unknown_passes_are_refused_with_a_suggestion() -> None:
     ],
 )
 def test_a_missing_requirement_is_refused_when_built(text: str, message: str) -> None:
-    with pytest.raises(RecipeError, match=f"^{message}: "):
+    with pytest.raises(RecipeError, match=f"^{message}: put a pass that provides this before it$"):
         parse(text)
     passes = tuple(find(name)() for name in text.split(","))
     with pytest.raises(RecipeError, match=message):
@@ -214,6 +219,30 @@ def test_dropped_facts_can_be_provided_again() -> None:
 def test_fusing_after_calibration_is_refused() -> None:
     with pytest.raises(RecipeError, match="pass compute-qparams needs what is calibrated"):
         Pipeline.parse("canonicalize,annotate,calibrate,fuse-attention,compute-qparams", find_pass)
+
+
+def test_specs_and_notes_follow_a_node_into_its_parts() -> None:
+    c = tiny()
+    activation, weight, other = QuantSpec(), QuantSpec(signed=True, symmetric=True), QuantSpec(bits=4)
+    c.specs = {Edge("qkv", 0): activation, Edge("qkv", 1): weight, Edge("proj", 0): other}
+    c.notes = [Note("annotate", "qkv", "a"), Note("annotate", "proj", "b"), Note("other", "qkv", "c")]
+    c.move_specs("qkv", ["q", "k"])
+    expected = {Edge(name, index): spec for name in "qk" for index, spec in enumerate((activation, weight))}
+    assert c.specs == expected | {Edge("proj", 0): other}
+    assert sorted((n.stage, n.where, n.reason) for n in c.notes) == [
+        ("annotate", "k", "a"),
+        ("annotate", "proj", "b"),
+        ("annotate", "q", "a"),
+        ("other", "k", "c"),
+        ("other", "q", "c"),
+    ]
+
+
+def test_a_node_without_specs_moves_nothing() -> None:
+    c = tiny()
+    c.specs, c.notes = {Edge("proj", 0): QuantSpec()}, [Note("annotate", "proj", "b")]
+    c.move_specs("qkv", ["q"])
+    assert (c.specs, c.notes) == ({Edge("proj", 0): QuantSpec()}, [Note("annotate", "proj", "b")])
 
 
 @dataclass

@@ -134,9 +134,7 @@ class Pipeline:
         for p in self.passes:
             missing = sorted(f.value for f in p.requires - known)
             if missing:
-                raise RecipeError(
-                    f"pass {p.name} needs what is {' and '.join(missing)}: put a pass that provides this before it"
-                )
+                raise RecipeError(f"pass {p.name} needs what is {' and '.join(missing)}: put a pass that provides this before it")
             known = (known | p.provides) - p.drops
 
     @classmethod
@@ -196,9 +194,7 @@ def _build(kind: type[Pass], options: str) -> Pass:
         try:
             values[option.name] = _read(text, type(option.default))
         except ValueError:
-            raise RecipeError(
-                f"pass {kind.name}: option {key} cannot be {text!r}, it needs type {type(option.default).__name__}"
-            ) from None
+            raise RecipeError(f"pass {kind.name}: option {key} cannot be {text!r}, it needs type {type(option.default).__name__}") from None
     try:
         return kind(**values)
     except ValueError as error:

@@ -103,9 +103,7 @@ def _spec(name: str, key: str, table: Any) -> QuantSpec:
         if option not in known:
             raise RecipeError(f"recipe {name}: {key} has no option {option!r}, known are {', '.join(known)}")
         if type(value) is not type(known[option].default):
-            raise RecipeError(
-                f"recipe {name}: {key}.{option} cannot be {value!r}, it needs type {type(known[option].default).__name__}"
-            )
+            raise RecipeError(f"recipe {name}: {key}.{option} cannot be {value!r}, it needs type {type(known[option].default).__name__}")
     if table.get("granularity", "per_tensor") not in ("per_tensor", "per_channel"):
         raise RecipeError(f"recipe {name}: {key}.granularity must be per_tensor or per_channel")
     try:

@@ -269,7 +269,7 @@ def test_recipe_file(folder: Path, name: str) -> None:
         ("--passes canonicalize{", "cannot read the pipeline 'canonicalize{': write pass,pass{"),
         ("--passes canonicalize,,annotate", "cannot read the pipeline"),
         ("--passes canonicalize{x=1}", "pass canonicalize has no option 'x'"),
-        ("--passes canonicalize,insert-qdq", "put a pass before it"),
+        ("--passes canonicalize,insert-qdq", "pass insert-qdq needs what is qparams: put a pass that provides this before it"),
         ("--dump-after correct-bia", "did you mean correct-bias?"),
         ("--passes canonicalize --dump-after annotate", "cannot dump after annotate"),
         ("--target tpu", "--list-targets prints them all"),
@@ -294,7 +294,7 @@ def test_words(folder: Path, words: str, fault: str) -> None:
 @pytest.mark.parametrize(
     ("words", "fault"),
     [
-        ("-o vit.onnx", "is the input model; give another name"),
+        ("-o vit.onnx", "is the input model or its data; give another name"),
         ("-o sub/../vit.onnx", "is the input model"),
         ("-o link.onnx", "is the input model"),
         ("-o hard.onnx", "is the input model"),

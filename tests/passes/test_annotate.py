@@ -84,20 +84,42 @@ def test_a_model_without_a_softmax() -> None:
 
 
 def test_the_nearest_miss_is_named() -> None:
-    model = model_of("g (float[B, 4] x) => (float[B, 4] y) { y = Softmax(x) }")
+    model = model_of("g (float[B, 4] x) => (float[B, 4] y) { p = Softmax(x) y = MatMul(p, w) }", w=np.eye(4, dtype=np.float32))
     model.graph.node[0].name = "the_softmax"
     with pytest.raises(ModelError, match=re.escape("the_softmax: the softmax input comes from a graph input")):
         annotated(model)
 
 
-def test_what_is_almost_an_attention_becomes_a_note() -> None:
+def with_softmax(*, read: bool) -> onnx.ModelProto:
+    """A ViT whose logits also pass through a Softmax, which a MatMul reads or nothing."""
     model = vit()
-    extra = onnx.helper.make_node("Softmax", ["logits"], ["probabilities"], "classifier")
-    model.graph.node.append(extra)
-    model.graph.output.append(onnx.helper.make_tensor_value_info("probabilities", 1, ["batch", 5]))
-    c = annotated(model)
+    model.graph.node.append(onnx.helper.make_node("Softmax", ["logits"], ["probabilities"], "classifier"))
+    if read:
+        model.graph.node.append(onnx.helper.make_node("MatMul", ["probabilities", "prices"], ["price"], "dot"))
+        model.graph.initializer.append(onnx.numpy_helper.from_array(np.ones((5, 1), np.float32), "prices"))
+    name, width = ("price", 1) if read else ("probabilities", 5)
+    model.graph.output.append(onnx.helper.make_tensor_value_info(name, 1, ["batch", width]))
+    return model
+
+
+def not_attention(c: Compilation) -> list[str]:
+    return [note.where for note in c.notes if note.reason.startswith("not an attention block")]
+
+
+def test_what_is_almost_an_attention_becomes_a_note() -> None:
+    c = annotated(with_softmax(read=True))
     assert len(c.annotations.attentions) == 2
-    assert [note.where for note in c.notes if note.reason.startswith("not an attention block")] == ["classifier"]
+    assert not_attention(c) == ["classifier"]
+
+
+def test_the_softmax_of_a_classifier_is_no_near_miss() -> None:
+    c = annotated(with_softmax(read=False))
+    assert len(c.annotations.attentions) == 2
+    assert not_attention(c) == []
+    assert c.annotations.failures == []
+    alone = model_of("g (float[B, 4] x) => (float[B, 4] y) { y = Softmax(x) }")
+    with pytest.raises(ModelError, match="no softmax of a product"):
+        annotated(alone)
 
 
 def test_no_roles_outside_a_transformer() -> None:

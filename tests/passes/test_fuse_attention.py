@@ -22,8 +22,10 @@ from tests.builders import (
     run_passes,
     vit,
 )
+from vitq_compiler.graph import is_constant, value
 from vitq_compiler.passes import fuse_attention
-from vitq_compiler.pipeline import Compilation
+from vitq_compiler.pipeline import Compilation, Note
+from vitq_compiler.quant import Edge
 
 FRONT = "canonicalize,recover-layernorm,recover-gelu,separate-linears,fold-layer-scale,annotate"
 
@@ -50,7 +52,9 @@ def fused(c: Compilation) -> int:
 def test_every_dialect(qkv: str, scale: str) -> None:
     c = prepared(vit(Sizes(depth=2, width=12, heads=3, hidden=8), Dialect(qkv=qkv, scale=scale)))
     assert fused(c) == 2
-    assert not {"Softmax", "Slice", "Squeeze"} & set(ops(c.graph))
+    assert not {"Softmax", "Slice", "Squeeze", "Split"} & set(ops(c.graph))
+    assert ops(c.graph).count("Transpose") == ops(c.graph).count("Gather") == 1, "of the patch embedding, and of the class token"
+    assert [linear.role for linear in c.annotations.linears] == [*["qkv", "qkv", "qkv", "proj", "fc1", "fc2"] * 2, "head"]
     assert len(c.graph.find("MatMul")) == len(c.annotations.linears), "the products of activations are gone"
     for node in c.graph.find("Attention"):
         assert node.attrs["q_num_heads"] == node.attrs["kv_num_heads"] == 3
@@ -65,7 +69,7 @@ def test_golden() -> None:
     start = nodes.index("LayerNormalization")
     lines = nodes[start:].splitlines()
     end = next(i for i, line in enumerate(lines) if "Attention" in line)
-    assert [line.split("=")[1].split()[0] for line in lines[1 : end + 1]] == ["MatMul", "Add", "Split", "Attention"]
+    assert [line.split("=")[1].split()[0] for line in lines[1 : end + 1]] == [*["MatMul"] * 3, *["Add"] * 3, "Attention"]
     assert_golden(c.graph, "fuse_attention", weights=False)
 
 
@@ -86,6 +90,18 @@ def node_of(graph: onnx.GraphProto, kind: str, index: int = 0) -> onnx.NodeProto
     return [node for node in graph.node if node.op_type == kind][index]
 
 
+def mask_of(graph: onnx.GraphProto, mask: Any) -> None:
+    """Add a mask to the scores: a constant, or an input of the shape given."""
+    if isinstance(mask, list):
+        graph.input.append(onnx.helper.make_tensor_value_info("mask", 1, mask))
+    else:
+        graph.initializer.append(onnx.numpy_helper.from_array(mask, "mask"))
+    softmax = node_of(graph, "Softmax")
+    add = onnx.helper.make_node("Add", [softmax.input[0], "mask"], ["masked"], "add_mask")
+    graph.node.insert(list(graph.node).index(softmax), add)
+    node_of(graph, "Softmax").input[0] = "masked"
+
+
 @pytest.mark.parametrize("shape", [(1, 1, 5, 5), (5, 5), (2, 5, 5), (2, 2, 5, 5), (1, 1, 1, 5), (2, 1, 1, 5), (5,), (1, 1, 5, 1)], ids=str)
 @pytest.mark.parametrize("order", [(0, 1), (1, 0)])
 def test_a_mask_is_passed_on(order: tuple[int, int], shape: tuple[int, ...]) -> None:
@@ -101,18 +117,42 @@ def test_a_mask_is_passed_on(order: tuple[int, int], shape: tuple[int, ...]) -> 
     c = edited(add_mask)
     assert fused(c) == 1
     assert len(c.graph.find("Attention")[0].inputs) == 4
+    assert list(c.graph.find("Attention")[0].inputs[3].shape)[-2:] == [5, 5], "as long as queries and keys"
+
+
+def test_a_key_mask_is_spread_over_the_queries() -> None:
+    keys = np.array([0, -1e4, 0.5, 0, -2], np.float32)
+    c = edited(lambda graph: mask_of(graph, keys.reshape(1, 1, 1, 5)))
+    assert fused(c) == 1
+    spread = c.graph.find("Attention")[0].inputs[3]
+    assert is_constant(spread)
+    np.testing.assert_array_equal(value(spread), np.broadcast_to(keys, (1, 1, 5, 5)))
+
+
+def test_a_computed_mask_of_every_head() -> None:
+    """[1, heads, queries, keys], such as a relative position bias that is computed."""
+    c = edited(lambda graph: mask_of(graph, [1, 2, 5, 5]))
+    feed = feed_of(c.graph)
+    assert np.ptp(feed["mask"]) > 1, "a mask that matters"
+    assert fused(c) == 1
+    assert [t.name for t in c.graph.find("Attention")[0].inputs][3] == "mask"
+
+
+def test_a_computed_key_mask_is_refused() -> None:
+    c = edited(lambda graph: mask_of(graph, [2, 1, 1, 5]))
+    before = c.graph.text()
+    assert fused(c) == 0
+    (note,) = [note for note in c.notes if note.stage == "fuse-attention"]
+    assert note.where == c.annotations.attentions[0].softmax.name
+    assert note.reason == (
+        "attention kept decomposed: its mask of shape [2, 1, 1, 5] is not one number for each of [5, 5] queries and keys"
+    )
+    assert c.graph.text() == before
 
 
 @pytest.mark.parametrize(("shape", "fuses"), [([2, 1, 5, 5], 1), ([2, 1, 1, 5], 0), ([5], 0)], ids=str)
 def test_a_computed_mask_must_have_its_full_size(shape: list[int], fuses: int) -> None:
-    def add_mask(graph: onnx.GraphProto) -> None:
-        graph.input.append(onnx.helper.make_tensor_value_info("mask", 1, shape))
-        softmax = node_of(graph, "Softmax")
-        add = onnx.helper.make_node("Add", [softmax.input[0], "mask"], ["masked"], "add_mask")
-        graph.node.insert(list(graph.node).index(softmax), add)
-        node_of(graph, "Softmax").input[0] = "masked"
-
-    c = edited(add_mask)
+    c = edited(lambda graph: mask_of(graph, shape))
     assert fused(c) == fuses
     assert fuses or "is not one number for each of [5, 5] queries and keys" in c.notes[-1].reason
 
@@ -133,17 +173,68 @@ def qkv_as_output(graph: onnx.GraphProto) -> None:
     graph.output.append(onnx.helper.make_tensor_value_info(node_of(graph, "Add", 1).output[0], 1, [2, 5, 24]))
 
 
-def test_features_that_others_read_are_not_reordered() -> None:
-    c = edited(qkv_as_output, Dialect(qkv="interleaved", dynamic=False))
+@pytest.mark.parametrize("qkv", ["interleaved", "gather", "split"])
+def test_features_that_others_read_are_not_taken_apart(qkv: str) -> None:
+    c = edited(qkv_as_output, Dialect(qkv=qkv, dynamic=False))
+    before, specs = c.graph.text(), dict(c.specs)
     assert fused(c) == 0
     (note,) = [note for note in c.notes if note.stage == "fuse-attention"]
-    assert "is read by more than this attention, so its features cannot be reordered" in note.reason
+    name = c.annotations.attentions[0].q.linear.name
+    assert note.reason == f"attention kept decomposed: {name} is read by more than this attention, so its features cannot be taken apart"
     assert note.where == c.annotations.attentions[0].softmax.name
+    assert (c.graph.text(), c.specs) == (before, specs)
 
 
-def test_features_in_order_may_be_read_by_others() -> None:
-    c = edited(qkv_as_output, Dialect(qkv="split", dynamic=False))
+@pytest.mark.parametrize("which", [1, 2, 3], ids=["q", "k", "v"])
+def test_a_linear_of_one_operand_may_be_read_by_others(which: int) -> None:
+    def as_output(graph: onnx.GraphProto) -> None:
+        graph.output.append(onnx.helper.make_tensor_value_info(node_of(graph, "Add", which).output[0], 1, [2, 5, 8]))
+
+    c = edited(as_output, Dialect(qkv="separate", dynamic=False))
+    linears, specs = list(c.annotations.linears), dict(c.specs)
     assert fused(c) == 1
+    assert (c.annotations.linears, c.specs) == (linears, specs), "each is used as it is"
+
+
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("qkv", ["gather", "split", "interleaved"])
+def test_a_linear_is_taken_apart_by_columns(qkv: str, bias: bool) -> None:
+    c = prepared(vit(Sizes(depth=1, width=12, heads=3, bias=bias), Dialect(qkv=qkv)))
+    attention = c.annotations.attentions[0]
+    views = (attention.q, attention.k, attention.v)
+    whole, columns = attention.q.linear, [view.columns for view in views]
+    specs = [c.specs[Edge(whole.name, index)] for index in (0, 1)]
+    c.notes.append(Note("annotate", whole.name, "a reason"))
+    source, weight, offset = whole.input, value(whole.weight), value(whole.bias) if whole.bias is not None else None
+    assert fused(c) == 1
+    parts = [view.linear for view in views]
+    assert [part.name for part in parts] == [f"{whole.name}/{letter}" for letter in "qkv"]
+    assert c.annotations.linears[:3] == parts
+    assert whole not in c.annotations.linears
+    assert c.graph.find("Attention")[0].inputs == [part.output for part in parts]
+    for part, kept, view in zip(parts, columns, views, strict=True):
+        assert part.input is source, "one quantizer serves the three"
+        assert (part.role, part.block, part.out_features) == ("qkv", "attention 0", 12)
+        assert list(part.output.shape)[1:] == [5, 12]
+        np.testing.assert_array_equal(value(part.weight), weight[:, kept])
+        assert (part.bias is None) is (offset is None)
+        if offset is not None:
+            np.testing.assert_array_equal(value(part.bias), offset[kept])
+        np.testing.assert_array_equal(view.columns, np.arange(12))
+        assert [c.specs[Edge(part.name, index)] for index in (0, 1)] == specs
+    assert {edge.node for edge in c.specs}.isdisjoint({whole.name})
+    assert [note.where for note in c.notes if note.reason == "a reason"] == [part.name for part in parts]
+
+
+def test_the_three_share_one_quantizer() -> None:
+    c = prepared(vit(Sizes(depth=2, width=12, heads=3)))
+    assert fused(c) == 2
+    for name in ("calibrate", "compute-qparams", "insert-qdq"):
+        changes_of(c, name)
+    for attention in c.annotations.attentions:
+        assert len({id(view.linear.input) for view in (attention.q, attention.k, attention.v)}) == 1
+    quantizers = [node.inputs[0].name for node in c.graph.find("QuantizeLinear")]
+    assert len(quantizers) == len(set(quantizers)) == 1 + 2 * 4
 
 
 def test_a_runtime_without_the_operator(monkeypatch: pytest.MonkeyPatch) -> None:

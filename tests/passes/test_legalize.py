@@ -28,8 +28,10 @@ def test_lowers_every_quantized_linear() -> None:
     c = compilation(vit(Sizes(depth=1)))
     run_passes(c, PREPARED)
     quantized = [linear for linear in c.annotations.linears if linear.role != "head"]
-    assert changes_of(c, "legalize") == len(quantized) == 5
-    assert ops(c.graph).count("Gemm") == 5
+    sums, moved = 3, 5  # Add before each LayerNormalization; Sum, LayerNormalization, Gelu, Sum, LayerNormalization on rows
+    assert changes_of(c, "legalize") == len(quantized) + sums + moved == 13
+    assert ops(c.graph).count("Gemm") == len(quantized) == 5
+    assert ops(c.graph).count("Sum") == sums
 
 
 def test_a_broken_rule_names_node_and_reason() -> None:

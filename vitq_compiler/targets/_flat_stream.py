@@ -11,7 +11,7 @@ import numpy as np
 
 from vitq_compiler.graph import Graph, Node, Tensor, is_constant, value
 
-ROWWISE = frozenset({"Gelu", "Relu", "Sigmoid", "LayerNormalization", "Add", "Sum", "Mul"})
+ROWWISE = frozenset({"Gelu", "Relu", "Sigmoid", "LayerNormalization", "Add", "Sum", "Mul", "MatMul"})
 
 
 def flatten_stream(graph: Graph) -> int:
@@ -41,11 +41,15 @@ def _meet(graph: Graph, node: Node, rows: dict[int, Tensor]) -> None:
 def _is_rowwise(node: Node, rows: dict[int, Tensor]) -> bool:
     shape = list(node.outputs[0].shape or [])
     activations = [t for t in node.inputs if not is_constant(t)]
-    if len(shape) < 3 or not any(id(t) in rows for t in activations) or not all(isinstance(d, int) for d in shape[1:]):
+    if len(node.outputs) > 1 or len(shape) < 3 or not all(isinstance(d, int) for d in shape[1:]):
+        return False
+    if not any(id(t) in rows for t in activations):
         return False
     if node.op == "LayerNormalization" and node.attrs.get("axis", -1) not in (-1, len(shape) - 1):
         return False
-    if any(value(t).ndim > 1 and value(t).size > 1 for t in node.inputs if is_constant(t)):
+    if node.op == "MatMul":  # the features change, the rows do not
+        return is_constant(node.inputs[1]) and value(node.inputs[1]).ndim == 2 and _aligned(list(node.inputs[0].shape)[:-1], shape[:-1])
+    if any(value(t).ndim > (1 if value(t).size > 1 else 2) for t in node.inputs if is_constant(t)):
         return False
     return all(_aligned(list(t.shape or []), shape) for t in activations)
 
@@ -62,13 +66,15 @@ def _move(graph: Graph, node: Node, rows: dict[int, Tensor]) -> None:
     for index, tensor in enumerate(node.inputs):
         if not is_constant(tensor):
             if id(tensor) not in rows:
-                matrix = graph.constant(f"{tensor.name}/rows", np.array([-1, shape[-1]], np.int64))
+                matrix = graph.constant(f"{tensor.name}/rows", np.array([-1, tensor.shape[-1]], np.int64))
                 rows[id(tensor)] = graph.insert("Reshape", [tensor, matrix], name=f"{tensor.name}/rows", like=tensor)
-                rows[id(tensor)].shape = [None, shape[-1]]
+                rows[id(tensor)].shape = [None, tensor.shape[-1]]
             node.inputs[index] = rows[id(tensor)]
     target = graph.constant(f"{node.name}/tokens", np.array([-1, *shape[1:]], np.int64))
     tokens = graph.insert("Reshape", [result, target], name=f"{node.name}/tokens", like=result)
     reshape = tokens.inputs[0]
     graph.replace(result, tokens, only=lambda reader: reader is not reshape)
     result.shape = [None, shape[-1]]
+    if node.op == "LayerNormalization":
+        node.attrs["axis"] = -1
     rows[id(tokens)] = result
