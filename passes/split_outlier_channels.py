@@ -60,8 +60,8 @@ class SplitOutlierChannels(Pass):
         """The channels to split off, ascending; none where that does not pay."""
         reach = np.maximum(np.abs(seen.low), np.abs(seen.high))
         order = np.argsort(-reach, kind="stable")
-        count = max(1, round(self.portion * len(reach)))
-        if count >= len(reach) or reach[order[0]] < self.gain * reach[order[count]]:
+        count = int(self.portion * len(reach))
+        if not count or reach[order[0]] < self.gain * reach[order[count]]:
             return np.empty(0, np.int64)
         return np.sort(order[:count])
 
