@@ -51,6 +51,9 @@ class FuseAttention(Pass):
 
 
 def _fuse(c: Compilation, attention: Attention) -> None:
+    for tensor in (attention.scores.outputs[0], attention.softmax.outputs[0], attention.context.outputs[0], attention.proj.input):
+        if c.graph.is_output(tensor):
+            raise MatchFailure(f"{tensor.name} is a graph output", tensor.name)
     mask = [] if attention.mask is None else [_mask(c.graph, attention, attention.mask)]
     operands = [*_operands(c, attention), *mask]
     output = c.graph.insert(

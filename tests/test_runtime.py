@@ -41,6 +41,14 @@ def test_a_session_from_a_graph_outlives_its_weights() -> None:
     assert len(others) == 100
 
 
+def test_a_weight_of_any_memory_layout_can_be_shared() -> None:
+    graph = graph_of("g (float[n, 64] x) => (float[n, 64] y) { y = MatMul(x, w) }", w=np.eye(64, dtype=np.float32))
+    weight = graph.find("MatMul")[0].inputs[1]
+    weight.values = np.asfortranarray(np.arange(4096, dtype=np.float32).reshape(64, 64))
+    (y,) = runtime.run(runtime.session(graph), {"x": np.eye(64, dtype=np.float32)})
+    np.testing.assert_array_equal(y, np.arange(4096).reshape(64, 64))
+
+
 def test_outputs_can_be_chosen() -> None:
     session = runtime.session(model_of("g (float[2] x) => (float[2] y, float[2] z) { y = Neg(x) z = Abs(x) }"), threads=1)
     results = runtime.run(session, {"x": np.float32([1, -2])}, ["z"])

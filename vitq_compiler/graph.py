@@ -78,7 +78,7 @@ class Graph:
         Nothing is copied: for sessions and shape inference on graphs whose weights are better not serialized.
         """
         large = [t for t in self._gs.tensors().values() if isinstance(t, gs.Constant) and np.prod(t.shape) >= LARGE]
-        weights = {t.name: t.values for t in large}
+        weights = {t.name: np.ascontiguousarray(t.values) for t in large}  # a runtime can share nothing else
         try:
             for tensor in large:
                 tensor.values = LazyValues(_external(tensor.name, tensor.values))

@@ -88,9 +88,10 @@ def test_dialects(tmp_path: Path, name: str, dynamic: bool) -> None:
     ids=["layer-scale", "pooled", "no-bias", "tanh-gelu", "one-head"],
 )
 def test_architectures(tmp_path: Path, sizes: builders.Sizes) -> None:
-    report = quick(write_vit(tmp_path / "vit.onnx", sizes), str(tmp_path / "out.onnx"))
+    # 32 samples as by default: of each, the last block sees the class token alone
+    report = quick(write_vit(tmp_path / "vit.onnx", sizes), str(tmp_path / "out.onnx"), samples=32)
     assert_integer(report, 6 * sizes.depth + 2)
-    assert report.validation.outputs[0].sqnr_db > MIN_SQNR
+    assert report.validation.outputs[0].sqnr_db > MIN_SQNR + 4
 
 
 def test_any_batch(folder: Path) -> None:

@@ -181,12 +181,24 @@ def test_a_graph_output_forbids_it() -> None:
     assert c.notes[0].reason == "LayerNormalization keeps its ranges: a is a graph output"
 
 
-def test_a_reader_in_float_forbids_it() -> None:
+@pytest.mark.parametrize("index", [0, 1])
+def test_a_reader_in_float_is_rewritten_too(index: int) -> None:
     c = observed(TWO)
-    name = c.annotations.linears[1].name
-    del c.specs[Edge(name, 0)]
+    linear = c.annotations.linears[index]
+    before = value(linear.weight)
+    del c.specs[Edge(linear.name, 0)]
+    assert rewritten(c) == 1
+    assert not np.array_equal(value(linear.weight), before)
+
+
+def test_readers_in_float_alone_need_no_other_ranges() -> None:
+    c = observed(TWO)
+    for linear in c.annotations.linears:
+        c.specs.pop(Edge(linear.name, 0), None)
+    before = c.graph.text()
     assert rewritten(c) == 0
-    assert c.notes[0].reason == f"LayerNormalization keeps its ranges: its reader {name} stays in float"
+    assert c.notes[0].reason == "LayerNormalization keeps its ranges: no Linear that is to be quantized reads it"
+    assert c.graph.text() == before
 
 
 @pytest.mark.parametrize("strength", [-0.1, 1.1, float("nan"), float("inf")])
