@@ -19,7 +19,7 @@ help: ## this list
 setup: $(STAMP) ## create the virtual environment (quick when nothing changed)
 	@:
 
-setup-torch: $(TORCH_STAMP) ## add torch: model export, training, gradient-based passes
+setup-torch: $(TORCH_STAMP) ## add torch and transformers: training, export, and the tests of the exporters
 	@:
 
 $(STAMP): pyproject.toml constraints.txt
@@ -29,7 +29,7 @@ $(STAMP): pyproject.toml constraints.txt
 	@touch $@
 
 $(TORCH_STAMP): $(STAMP)
-	$(BIN)/python -m pip install -q -c constraints.txt -e '.[dev,torch]'
+	$(BIN)/python -m pip install -q -c constraints.txt -e '.[dev,torch,zoo]'
 	@touch $@
 
 test: setup ## the default tests

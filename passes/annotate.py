@@ -22,6 +22,7 @@ class Annotate(Pass):
     name = "annotate"
     requires = frozenset({Fact.CANONICAL})
     provides = frozenset({Fact.ANNOTATED})
+    edits = False
 
     def run(self, c: Compilation) -> int:
         c.graph.infer_shapes()

@@ -15,6 +15,7 @@ class Calibrate(Pass):
     name = "calibrate"
     requires = frozenset({Fact.ANNOTATED})
     provides = frozenset({Fact.CALIBRATED})
+    edits = False
 
     def run(self, c: Compilation) -> int:
         axes = {}

@@ -18,6 +18,7 @@ class ComputeQparams(Pass):
     name = "compute-qparams"
     requires = frozenset({Fact.CALIBRATED})
     provides = frozenset({Fact.QPARAMS})
+    edits = False
 
     def run(self, c: Compilation) -> int:
         for edge, spec in c.specs.items():

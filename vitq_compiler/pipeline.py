@@ -85,7 +85,8 @@ class Compilation:
 class Pass(ABC):
     """One step. Its options are its dataclass fields; `run` returns how many changes it made (0: nothing to do).
 
-    ``exact`` promises that the float meaning of the graph is unchanged; the pipeline has it checked.
+    ``exact`` promises that the float meaning of the graph is unchanged; the pipeline has it checked. A pass that only fills
+    tables says so with ``edits = False``.
     """
 
     name: ClassVar[str]
@@ -93,6 +94,7 @@ class Pass(ABC):
     provides: ClassVar[frozenset[Fact]] = frozenset()
     drops: ClassVar[frozenset[Fact]] = frozenset()
     exact: ClassVar[bool] = False
+    edits: ClassVar[bool] = True
 
     @abstractmethod
     def run(self, c: Compilation) -> int: ...

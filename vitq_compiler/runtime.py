@@ -21,14 +21,14 @@ ort.disable_telemetry_events()
 
 
 def session(
-    model: Graph | onnx.ModelProto | Path, *, threads: int = 0, optimize: bool = True, optimized_path: Path | None = None
+    model: Graph | onnx.ModelProto | Path, *, threads: int = 0, brief: bool = False, optimized_path: Path | None = None
 ) -> ort.InferenceSession:
     """An ONNX Runtime session on the CPU.
 
     Args:
         model: a graph, whose weights are then shared and not copied; a ModelProto; or a file.
         threads: intra-op threads; 0 lets the runtime choose.
-        optimize: run the graph optimizer.
+        brief: for one or two runs: skip what takes longer to prepare than it saves.
         optimized_path: also write the optimized graph here.
 
     Raises:
@@ -37,8 +37,9 @@ def session(
     options = ort.SessionOptions()
     options.log_severity_level = 4
     options.intra_op_num_threads = threads
-    levels = ort.GraphOptimizationLevel
-    options.graph_optimization_level = levels.ORT_ENABLE_ALL if optimize else levels.ORT_DISABLE_ALL
+    if brief:
+        options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_ENABLE_BASIC
+        options.add_session_config_entry("session.disable_prepacking", "1")
     if optimized_path is not None:
         options.optimized_model_filepath = str(optimized_path)
     try:
@@ -72,7 +73,7 @@ def probe(graph: Graph, tensors: Iterable[str], feeds: Sequence[Feed], *, thread
     names = list(dict.fromkeys(tensors))
     copy = graph.snapshot()
     copy.set_outputs(copy.tensor(name) for name in names)
-    runtime = session(copy, threads=threads)
+    runtime = session(copy, threads=threads, brief=True)
     return [dict(zip(names, run(runtime, feed), strict=True)) for feed in feeds]
 
 
