@@ -5,6 +5,8 @@
 A classifier that reads the class token alone leaves all other tokens of the last block's MLP, of its output projection
 and of its queries unread; so does every selection of tokens by Gather or Slice. Exact, for float and integers alike.
 
+Statistics stay those of all tokens: calibrate first, for a class token alone gives one row an image, too few for a range.
+
 Precondition: everything that reads f(x) selects the same tokens. A Linear whose input others read too keeps it, so that
 one quantizer and one LayerNormalization serve them all.
 """
@@ -29,7 +31,7 @@ class SelectTokensEarly(Pass):
 
     name = "select-tokens-early"
     requires = frozenset({Fact.ANNOTATED})
-    drops = frozenset({Fact.CALIBRATED, Fact.QPARAMS})
+    drops = frozenset({Fact.QPARAMS})
     exact = True
 
     def run(self, c: Compilation) -> int:

@@ -33,7 +33,7 @@ class Onnxruntime(Target):
     name = "onnxruntime"
     opset = 23
     ir_version = 10
-    rewrites = "fuse-attention,select-tokens-early,linearize-patch-embedding"
+    rewrites = "fuse-attention,linearize-patch-embedding"
     lowering = "insert-qdq,legalize"
     integer_kernels = frozenset({"QGemm", "MatMulIntegerToFloat", "QLinearMatMul", "QLinearConv", "DynamicQuantizeMatMul"})
     rules = (
