@@ -107,6 +107,7 @@ class Batches:
     batch_size: int = 3
     spread: float = 1.0
     warnings: tuple[str, ...] = ()
+    synthetic: bool = False
 
     @property
     def calibration_count(self) -> int:

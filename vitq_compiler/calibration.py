@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -44,6 +44,11 @@ class CalibrationTable:
         """Add one batch of a tensor."""
         known = self.statistics.get(name)
         self.statistics[name] = seen if known is None else known.merge(seen)
+
+    def widen(self, margin: float) -> None:
+        """Stretch every range away from zero, for samples that excite the model less than real ones will."""
+        for name, seen in self.statistics.items():
+            self.statistics[name] = replace(seen, low=seen.low * np.float32(margin), high=seen.high * np.float32(margin))
 
     def rescale(self, name: str, scale: Vector, shift: Vector) -> None:
         """Follow a rewrite that replaced the tensor x by (x + shift) / scale, channel by channel; scale is positive."""

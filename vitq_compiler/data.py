@@ -61,6 +61,7 @@ class Data:
     validation_count: int
     _calibration: Callable[[], Iterator[Feed]] = field(repr=False)
     _validation: Callable[[], Iterator[Feed]] = field(repr=False)
+    synthetic: bool = False  # whether the calibration samples are built-in images
 
     def calibration(self) -> Iterator[Feed]:
         """Batches by input name, ``calibration_count`` samples in total; every call starts afresh with the same data."""
@@ -136,6 +137,7 @@ def open_data(
         len(unseen),
         partial(_batches, pool.readers, used, batch_size),
         partial(_batches, other.readers, unseen, batch_size),
+        synthetic=source is None,
     )
 
 

@@ -1,6 +1,7 @@
 """Shared by the end-to-end tests: a model file, the command in this process and in its own, and what a folder holds."""
 
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -33,7 +34,12 @@ def start(*words: object, folder: Path, temporary: Path, program: tuple[str, ...
     """The command in its own process, started in ``folder``; ``temporary`` is where its temporary files go."""
     command = [sys.executable, *program, *map(str, words)]
     environment = {**os.environ, "TMPDIR": str(temporary)}
-    return subprocess.Popen(command, cwd=folder, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+    def listen() -> None:  # a shell starts background jobs deaf to Ctrl-C, and children inherit that
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    return subprocess.Popen(command, cwd=folder, env=environment, **pipes, text=True, preexec_fn=listen)  # noqa: PLW1509
 
 
 def contents(folder: Path) -> dict[str, bytes | None]:

@@ -1,8 +1,11 @@
 """calibrate: which tensors are observed, and along which axis."""
 
+from dataclasses import replace
+
 import numpy as np
 
 from tests.builders import Dialect, Sizes, changes_of, compilation, run_model, run_passes, vit
+from vitq_compiler.passes.calibrate import Calibrate
 from vitq_compiler.pipeline import Compilation
 from vitq_compiler.quant import Edge
 
@@ -50,3 +53,17 @@ def test_progress_is_told() -> None:
     c.progress = lambda *step: told.append(step)
     changes_of(c, "calibrate")
     assert told == [("calibrating", 3, 6), ("calibrating", 6, 6)]
+
+
+def test_ranges_from_built_in_images_are_widened() -> None:
+    tables = {}
+    for synthetic in (False, True):
+        c = compilation(vit())
+        run_passes(c, FRONT)
+        c.data = replace(c.data, synthetic=synthetic)
+        assert Calibrate(synthetic_margin=2.0).run(c) > 0
+        tables[synthetic] = c.table.statistics
+    for name, seen in tables[False].items():
+        np.testing.assert_allclose(tables[True][name].high, 2 * seen.high)
+        np.testing.assert_allclose(tables[True][name].low, 2 * seen.low)
+        np.testing.assert_array_equal(tables[True][name].mean, seen.mean)

@@ -99,6 +99,13 @@ def test_a_hidden_layer_with_another_reader_is_refused() -> None:
     assert any("the hidden layer has other readers" in note.reason for note in c.notes)
 
 
+def test_built_in_images_do_not_decide_what_an_outlier_is() -> None:
+    c = stretched()
+    c.data.synthetic = True
+    assert SplitOutlierChannels().run(c) == 0
+    assert "built-in images" in c.notes[-1].reason
+
+
 @pytest.mark.parametrize("options", [{"portion": 0.0}, {"portion": 1.0}, {"gain": 0.5}])
 def test_impossible_options(options: dict[str, float]) -> None:
     with pytest.raises(ValueError, match="portion must lie between 0 and 1"):
