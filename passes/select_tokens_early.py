@@ -39,6 +39,10 @@ class SelectTokensEarly(Pass):
         changes = 0
         while moved := sum(_move(c.graph, node, linears) for node in reversed(c.graph.clean().nodes)):
             changes += moved
+        if c.table is not None:  # a selection has the statistics of what it is selected from
+            for node in c.graph.find("Gather"):
+                if (seen := c.table.statistics.get(node.inputs[0].name)) is not None:
+                    c.table.statistics.setdefault(node.outputs[0].name, seen)
         return changes
 
 
