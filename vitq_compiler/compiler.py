@@ -138,9 +138,13 @@ def compile(
 
 def _probe_batch(graph: Graph, data: Data) -> runtime.Feed:
     """A few samples that calibration does not see, for the parity of float-exact passes and for inner comparisons."""
-    feed = next(data.validation() if data.validation_count else data.calibration())
+    return _first(graph, next(data.validation() if data.validation_count else data.calibration()), PROBE_SAMPLES)
+
+
+def _first(graph: Graph, feed: runtime.Feed, samples: int) -> runtime.Feed:
+    """The first samples of a batch; all of them where the model fixes its batch."""
     fixed = any(spec.shape and isinstance(spec.shape[0], int) and spec.shape[0] > 0 for spec in graph.inputs)
-    return feed if fixed else {name: array[:PROBE_SAMPLES] for name, array in feed.items()}
+    return feed if fixed else {name: array[:samples] for name, array in feed.items()}
 
 
 def _judge(model: Path, integer: onnx.ModelProto, c: Compilation, parity: Parity) -> tuple[Validation, dict[str, str]]:
@@ -152,8 +156,7 @@ def _judge(model: Path, integer: onnx.ModelProto, c: Compilation, parity: Parity
     if not count:
         unseen, count = c.data.calibration(), c.data.calibration_count
         c.warnings.append("too few samples to keep any back: the accuracy figures are on the calibration samples themselves and flatter")
-    fixed = any(isinstance(d, int) and d > 0 for d in (spec.shape[0] for spec in c.graph.inputs if spec.shape))
-    one = parity.feed if fixed else {name: array[:1] for name, array in parity.feed.items()}
+    one = _first(c.graph, parity.feed, 1)
     outputs: tuple[OutputRow, ...] = ()
     latency: list[LatencyRow] = []
     kernel_of: dict[str, str] = {}

@@ -13,7 +13,7 @@ from vitq_compiler.metrics import max_relative_error
 from vitq_compiler.pipeline import Compilation, Fact, Pass, PassResult
 from vitq_compiler.runtime import Feed, first_line, run, session
 
-TOLERANCE = 1e-4  # of the largest output, METHODS of exact rewrites in float32
+TOLERANCE = 1e-4  # of the largest output: what float32 rounding may add up to over a deep network
 
 
 @dataclass
