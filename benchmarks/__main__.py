@@ -4,6 +4,7 @@
                                         what onnxruntime.quantization makes of it
     python -m benchmarks accuracy       how much of a trained model's accuracy is left, on labelled test images
     python -m benchmarks compile-time   what a compile costs: seconds, memory, and each pass
+    python -m benchmarks zoo            every architecture through the compiler: what is found, quantized and refused
 
 Each prints Markdown to standard output and how far it is to standard error; ``--json FILE`` writes the same as JSON.
 Run from the root of the repository, on an otherwise idle machine.
@@ -17,10 +18,10 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from benchmarks import accuracy, compile_time, latency
+from benchmarks import accuracy, compile_time, latency, zoo
 from benchmarks.tables import Report
 
-COMMANDS = {"latency": latency, "accuracy": accuracy, "compile-time": compile_time}
+COMMANDS = {"latency": latency, "accuracy": accuracy, "compile-time": compile_time, "zoo": zoo}
 
 
 def main(arguments: Sequence[str]) -> int:

@@ -54,7 +54,7 @@ def obtain(name: str, exporter: str, folder: Path, seed: int = 0) -> Path:
 
 def export(architecture: str, exporter: str, path: Path, seed: int = 0) -> None:
     """Export a timm model with random weights; input ``pixel_values`` with an open batch, output ``logits``."""
-    timm, torch = _import_timm()
+    timm, torch = import_timm()
     torch.manual_seed(seed)
     model = timm.create_model(architecture, pretrained=False).eval()
     with torch.no_grad():
@@ -74,12 +74,24 @@ def export(architecture: str, exporter: str, path: Path, seed: int = 0) -> None:
             torch.onnx.export(model, example, path, dynamic_axes=axes, dynamo=False, **names)
 
 
-def _import_timm() -> tuple[Any, Any]:
-    """timm and torch; a torchvision whose operators do not fit torch's build is helped by the shim in `shared_folder`."""
+def import_timm() -> tuple[Any, Any]:
+    """timm and torch, or an exit that says what to install."""
+    torch = import_torch()
+    try:
+        import timm
+    except ImportError as error:
+        raise SystemExit("models are built with timm: pip install timm, or give an ONNX file") from error
+    return timm, torch
+
+
+def import_torch() -> Any:
+    """torch; a torchvision whose operators do not fit torch's build is helped by the shim in `shared_folder`."""
     import torch
 
     try:
         import torchvision  # noqa: F401
+    except ModuleNotFoundError:
+        pass
     except RuntimeError:
         shim = shared_folder() / "tools" / "torchvision_shim.py"
         if not shim.is_file():
@@ -90,8 +102,4 @@ def _import_timm() -> tuple[Any, Any]:
         module = importlib.util.module_from_spec(spec)
         spec.loader.exec_module(module)
         sys.modules["torchvision_shim"] = module  # torch forgets the operators when nobody keeps it
-    try:
-        import timm
-    except ImportError as error:
-        raise SystemExit("models are built with timm: pip install timm, or give an ONNX file") from error
-    return timm, torch
+    return torch
