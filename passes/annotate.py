@@ -1,6 +1,7 @@
 """Find the blocks, give every Linear its role, and let the recipe say what each becomes.
 
-Linear layer -> QuantSpec on its activation edge and on its weight edge; patch embedding likewise.
+Linear layer -> QuantSpec on its activation edge and on its weight edge; patch embedding likewise. Operands of the attention
+products get one where the recipe has them.
 """
 
 from __future__ import annotations
@@ -36,16 +37,26 @@ class Annotate(Pass):
             self._specify(c, linear.matmul, linear.role)
         for node in c.annotations.patch_embeddings:
             self._specify(c, node, "patch_embed")
+        for attention in c.annotations.attentions:
+            if not self._kept(c, attention.softmax):
+                c.specs.update({attention.edges[operand]: spec for operand, spec in c.recipe.attention_specs().items()})
         if not c.specs:
             raise ModelError("every Linear is excluded or of a role that the recipe keeps in float; leave one to quantize")
         return len(c.specs)
 
     def _specify(self, c: Compilation, node: Node, role: str) -> None:
-        names = (node.name, c.graph.scope(node))
-        if pattern := next((p for p in c.recipe.exclude if any(re.search(p, n) for n in names)), None):
-            self.note(c, node.name, f"excluded by {pattern!r}")
-        elif role in c.recipe.float_roles:
+        if self._kept(c, node):
+            return
+        if role in c.recipe.float_roles:
             self.note(c, node.name, f"role {role} stays in float in recipe {c.recipe.name}")
         else:
-            c.specs[Edge(node.name, 0)] = c.recipe.activation
-            c.specs[Edge(node.name, 1)] = c.recipe.weight
+            c.specs[Edge(node.name, 0)] = c.recipe.activation_spec(role)
+            c.specs[Edge(node.name, 1)] = c.recipe.weight_spec(role)
+
+    def _kept(self, c: Compilation, node: Node) -> bool:
+        """Whether the user keeps ``node`` in float; if so it is noted."""
+        names = (node.name, c.graph.scope(node))
+        pattern = next((p for p in c.recipe.exclude if any(re.search(p, n) for n in names)), None)
+        if pattern is not None:
+            self.note(c, node.name, f"excluded by {pattern!r}")
+        return pattern is not None

@@ -8,7 +8,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from vitq_compiler.blocks.attention import CHANNEL_AXES
 from vitq_compiler.calibration import collect
+from vitq_compiler.graph import is_constant
 from vitq_compiler.pipeline import Compilation, Fact, Pass
 
 
@@ -25,10 +27,12 @@ class Calibrate(Pass):
 
     def run(self, c: Compilation) -> int:
         axes = {}
+        operand_axes = {edge: CHANNEL_AXES[operand] for a in c.annotations.attentions for operand, edge in a.edges.items()}
         for edge in c.specs:
             node = c.graph.node(edge.node)
-            if edge.index == 0:
-                axes[node.inputs[0].name] = 1 if node.op == "Conv" else -1
+            tensor = node.inputs[edge.index]
+            if not is_constant(tensor):
+                axes[tensor.name] = operand_axes.get(edge, 1 if node.op == "Conv" else -1)
         c.table = collect(c.graph, axes, c.data.calibration(), c.data.calibration_count, threads=c.threads, progress=c.progress)
         if c.data.synthetic:
             c.table.widen(self.synthetic_margin)

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from vitq_compiler.graph import Node, value
+from vitq_compiler.graph import Node, is_constant, value
 from vitq_compiler.pipeline import Compilation, Fact, Pass
 from vitq_compiler.quant import QuantParams, QuantSpec, from_range
 
@@ -23,11 +23,12 @@ class ComputeQparams(Pass):
     def run(self, c: Compilation) -> int:
         for edge, spec in c.specs.items():
             node = c.graph.node(edge.node)
-            if edge.index == 0:
-                seen = c.table.statistics[node.inputs[0].name]
-                c.params[edge] = from_range(seen.low.min(), seen.high.max(), spec)
-            else:
+            tensor = node.inputs[edge.index]
+            if is_constant(tensor):
                 c.params[edge] = weight_params(node, spec)
+            else:
+                seen = c.table.statistics[tensor.name]
+                c.params[edge] = from_range(seen.low.min(), seen.high.max(), spec)
         return len(c.specs)
 
 

@@ -15,7 +15,8 @@ import numpy as np
 from vitq_compiler.blocks.linear import add_to_bias
 from vitq_compiler.graph import value
 from vitq_compiler.pipeline import Compilation, Fact, Pass
-from vitq_compiler.quant import Edge, fake_quantize
+from vitq_compiler.qdq import quantized_weight
+from vitq_compiler.quant import Edge
 
 
 @dataclass(frozen=True)
@@ -28,11 +29,11 @@ class CorrectBias(Pass):
     def run(self, c: Compilation) -> int:
         changes = 0
         for linear in c.annotations.linears:
-            params = c.params.get(Edge(linear.name, 1))
-            if params is None:
+            edge = Edge(linear.name, 1)
+            if edge not in c.params:
                 continue
             weight = value(linear.weight)
             mean = c.table.statistics[linear.input.name].mean.astype(np.float64)
-            add_to_bias(c.graph, linear, mean @ (weight - fake_quantize(weight, params)))
+            add_to_bias(c.graph, linear, mean @ (weight - quantized_weight(c, edge, weight)))
             changes += 1
         return changes

@@ -51,6 +51,8 @@ class FuseAttention(Pass):
 
 
 def _fuse(c: Compilation, attention: Attention) -> None:
+    if any(edge in c.specs for edge in attention.edges.values()):
+        raise MatchFailure("its products are to be quantized")
     for tensor in (attention.scores.outputs[0], attention.softmax.outputs[0], attention.context.outputs[0], attention.proj.input):
         if c.graph.is_output(tensor):
             raise MatchFailure(f"{tensor.name} is a graph output", tensor.name)

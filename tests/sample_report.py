@@ -36,6 +36,8 @@ def sample_report(**changes: Any) -> CompileReport:
         model="vit.onnx",
         output="vit_int8.onnx",
         recipe="w8a8",
+        bits="w8a8",
+        definition="",
         target="onnxruntime",
         pipeline="canonicalize,annotate,calibrate,insert-qdq",
         seconds=3.14159,

@@ -22,6 +22,8 @@ from vitq_compiler.report import CompileReport
 
 DEFAULTS = {
     "recipe": "w8a8",
+    "bits": None,
+    "definition": None,
     "target": "onnxruntime",
     "calibration": None,
     "samples": 32,
@@ -95,6 +97,8 @@ def test_the_stub_is_called_as_the_compiler_is() -> None:
     ("words", "expected"),
     [
         ("--recipe mine.toml", {"recipe": "mine.toml"}),
+        ("--bits w4a8", {"bits": "w4a8"}),
+        ("--definition strict", {"definition": "strict"}),
         ("--target onnxruntime", {"target": "onnxruntime"}),
         ("--calibration photos", {"calibration": Path("photos")}),
         ("--samples 5", {"samples": 5}),

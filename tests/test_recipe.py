@@ -57,7 +57,7 @@ def test_more_exclusions() -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"wieght": {}}, r"recipe r: unknown key 'wieght', known are activation, description"),
+        ({"wieght": {}}, r"recipe r: unknown key 'wieght', known are activation, attention, definition, "),
         ({"name": "x"}, r"unknown key 'name'"),
         ({"weight": 8}, r"weight must be a table"),
         ({"weight": {"bots": 8}}, r"weight has no option 'bots', known are bits, signed, symmetric, granularity"),
@@ -71,6 +71,13 @@ def test_more_exclusions() -> None:
         ({"float_roles": ["haed"]}, r"float_roles holds 'haed', known roles are qkv, "),
         ({"float_roles": "head"}, r"float_roles must be a list of strings"),
         ({"exclude": [1]}, r"exclude must be a list of strings"),
+        ({"roles": {"haed": {}}}, r"roles has 'haed', known are qkv, "),
+        ({"roles": {"head": {"input": {}}}}, r"roles\.head has 'input', known are weight, activation"),
+        ({"roles": {"head": {"weight": {"bits": 9}}}}, r"roles\.head\.weight: bits must be 2 to 8, got 9"),
+        ({"roles": 3}, r"roles must be a table with some of qkv"),
+        ({"attention": {"p": {}}}, r"attention has 'p', known are q, k, probs, v"),
+        ({"attention": {"q": {"bots": 4}}}, r"attention\.q has no option 'bots'"),
+        ({"definition": "paper"}, r"definition 'paper' is unknown, known are strict, deploy"),
     ],
 )
 def test_mistakes(change: dict[str, Any], message: str) -> None:
@@ -111,3 +118,44 @@ def test_bytes_that_are_no_text(tmp_path: Path) -> None:
     path.write_bytes(bytes(range(128, 256)))
     with pytest.raises(RecipeError, match="not valid TOML"):
         load_recipe(str(path))
+
+
+DIFFERENT: dict[str, Any] = TABLE | {
+    "weight": {"bits": 4, "signed": True},
+    "roles": {"fc2": {"activation": {"bits": 5}}, "qkv": {"weight": {"symmetric": True}}},
+    "attention": {"probs": {"bits": 6}, "q": {}},
+}
+
+
+def test_roles_and_operands_differ_where_they_say_so() -> None:
+    recipe = parse_recipe("r", DIFFERENT)
+    assert recipe.activation_spec("fc2") == QuantSpec(5)
+    assert recipe.activation_spec("fc1") == QuantSpec(8)
+    assert recipe.weight_spec("qkv") == QuantSpec(4, signed=True, symmetric=True)
+    assert recipe.weight_spec("fc2") == QuantSpec(4, signed=True)
+    assert recipe.attention_specs() == {"probs": QuantSpec(6), "q": QuantSpec(8)}
+
+
+def test_other_bits_reach_all_that_does_not_fix_its_own() -> None:
+    recipe = parse_recipe("r", DIFFERENT).with_bits("w3a4")
+    assert recipe.bits == "w3a4"
+    assert (recipe.weight_spec("fc1").bits, recipe.activation_spec("fc1").bits, recipe.activation_spec("fc2").bits) == (3, 4, 5)
+    assert {operand: spec.bits for operand, spec in recipe.attention_specs().items()} == {"probs": 6, "q": 4}
+    assert recipe.with_bits(None) is recipe
+
+
+@pytest.mark.parametrize("text", ["w4", "4", "w1a4", "w4a9", "w4a4 ", "W4A4"])
+def test_bits_written_otherwise(text: str) -> None:
+    with pytest.raises(RecipeError, match="write w and a with 2 to 8 each"):
+        load_recipe("w8a8").with_bits(text)
+
+
+def test_the_two_definitions() -> None:
+    recipe = load_recipe("w8a8").with_bits("w4a4")
+    strict, deploy = recipe.defined("strict"), recipe.defined("deploy")
+    assert strict.float_roles == deploy.float_roles == ()
+    ends = [(r.weight_spec(role).bits, r.activation_spec(role).bits) for r in (strict, deploy) for role in ("patch_embed", "head", "fc1")]
+    assert ends == [(4, 8), (4, 4), (4, 4), (8, 8), (8, 8), (4, 4)]
+    assert recipe.defined(None) is recipe
+    with pytest.raises(RecipeError, match="definition 'paper' is unknown"):
+        recipe.defined("paper")

@@ -72,6 +72,11 @@ def regex_fault(text: str) -> str | None:
     return None
 
 
+def bits_fault(text: str) -> str | None:
+    """Bits of weights and activations."""
+    return None if re.fullmatch(r"w[2-8]a[2-8]", text) else f"{text!r} is not w and a with 2 to 8 each, such as w4a4"
+
+
 def name_fault(kind: str) -> Callable[[str], str | None]:
     """One of the passes or targets there are."""
 
@@ -114,6 +119,7 @@ def complete_passes(ctx: click.Context, param: click.Parameter, incomplete: str)
 PATH = click.Path(path_type=Path)
 COUNT, NATURAL = click.IntRange(min=1), click.IntRange(min=0)
 OUTPUT, DATA, WHAT, GATES, PASSES = "Output", "Calibration", "What to quantize, for which target", "Gates", "Pipeline"
+COMMON_BITS = ("w8a8", "w6a6", "w4a8", "w4a4", "w3a3")
 FLAG: dict[str, Any] = {"is_flag": True}
 SHOWN: dict[str, Any] = {"show_default": True}
 
@@ -151,6 +157,21 @@ OPTIONS = [
         metavar="NAME|FILE.toml",
         shell_complete=complete_recipe,
         help="What becomes integer, how, and by which passes.",
+    ),
+    Option(
+        WHAT,
+        "--bits",
+        metavar="wNaM",
+        callback=checked(bits_fault),
+        shell_complete=lambda ctx, param, incomplete: [bits for bits in COMMON_BITS if bits.startswith(incomplete)],
+        help="Bits of weights and activations, such as w4a4, 2 to 8 each.  [default: the recipe's]",
+    ),
+    Option(
+        WHAT,
+        "--definition",
+        type=click.Choice(["strict", "deploy"]),
+        help="strict: patch embedding and head get these bits too (the image 8), as published results count; deploy: they get 8.  "
+        "[default: the recipe's]",
     ),
     Option(
         WHAT,

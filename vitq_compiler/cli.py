@@ -27,8 +27,8 @@ OK, BUG, ERROR, GATE_MISSED, INTERRUPTED = 0, 1, 2, 3, 130
 STDOUT = Path("-")
 
 # The options that `compile` takes under the same name.
-SAME_NAMES: tuple[str, ...] = ("recipe", "target", "calibration", "samples", "batch_size", "preprocess", "exclude", "passes")
-SAME_NAMES += ("min_sqnr", "min_agreement", "dump_after", "seed", "threads")
+SAME_NAMES: tuple[str, ...] = ("recipe", "bits", "definition", "target", "calibration", "samples", "batch_size", "preprocess")
+SAME_NAMES += ("exclude", "passes", "min_sqnr", "min_agreement", "dump_after", "seed", "threads")
 
 
 class _Command(click.Command):
@@ -139,7 +139,7 @@ def _listing(given: dict[str, Any]) -> list[str] | None:
     if given["list_targets"]:
         return list(catalog.list_targets())
     if given["print_pipeline"]:
-        recipe = load_recipe(given["recipe"]).excluding(given["exclude"])
+        recipe = load_recipe(given["recipe"])
         return [str(catalog.pipeline_for(recipe, catalog.load_target(given["target"]), given["passes"]))]
     rows = catalog.list_passes() if given["list_passes"] else catalog.list_recipes()
     width = max(len(name) for name, _ in rows)

@@ -35,6 +35,8 @@ def compile(
     output: Path | None = None,
     *,
     recipe: str = "w8a8",
+    bits: str | None = None,
+    definition: str | None = None,
     target: str = "onnxruntime",
     calibration: Path | None = None,
     samples: int = 32,
@@ -56,6 +58,8 @@ def compile(
         model: the ONNX file; never changed.
         output: where to write the integer graph; None writes nothing.
         recipe: name of a recipe of the package, or a ``.toml`` file.
+        bits: of weights and activations, such as ``w4a4``, instead of the recipe's.
+        definition: ``strict`` or ``deploy``, see `Recipe.definition`, instead of the recipe's.
         target: name of a target.
         calibration: folder of images, ``.npz`` or ``.npy``; None takes built-in images.
         samples: number of calibration samples.
@@ -79,7 +83,7 @@ def compile(
     """
     began = time.perf_counter()
     model, output = Path(model), Path(output) if output is not None else None
-    plan = load_recipe(recipe).excluding(tuple(exclude))
+    plan = load_recipe(recipe).with_bits(bits).defined(definition).excluding(tuple(exclude))
     chosen = load_target(target)
     pipeline = pipeline_for(plan, chosen, passes)
     if missing := [name for name in dump_after if name not in {p.name for p in pipeline.passes}]:
@@ -123,6 +127,8 @@ def compile(
         model=str(model),
         output=str(written) if written else None,
         recipe=plan.name,
+        bits=plan.bits,
+        definition=plan.definition,
         target=chosen.name,
         pipeline=str(pipeline),
         seconds=time.perf_counter() - began,

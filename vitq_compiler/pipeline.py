@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from vitq_compiler.annotations import Annotations
     from vitq_compiler.calibration import CalibrationTable
     from vitq_compiler.data import Data
-    from vitq_compiler.graph import Graph
+    from vitq_compiler.graph import Array, Graph
     from vitq_compiler.quant import Edge, QuantParams, QuantSpec
     from vitq_compiler.recipe import Recipe
     from vitq_compiler.target import Target
@@ -65,6 +65,7 @@ class Compilation:
     table: CalibrationTable = None  # type: ignore[assignment]  # set by calibrate
     specs: dict[Edge, QuantSpec] = field(default_factory=dict)
     params: dict[Edge, QuantParams] = field(default_factory=dict)
+    rounding: dict[Edge, Array] = field(default_factory=dict)  # weight edge -> its codes, where they are not the nearest ones
     codes: dict[Edge, str] = field(default_factory=dict)  # weight edge -> the initializer of its codes, set by insert-qdq
     notes: list[Note] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)

@@ -130,12 +130,19 @@ class Validation:
 
 @dataclass(frozen=True)
 class CompileReport:
-    """Everything about one compile."""
+    """Everything about one compile.
+
+    Attributes:
+        bits: of weights and activations, such as ``w4a8``.
+        definition: which ends of the network got them, ``strict`` or ``deploy``; empty where the recipe says it itself.
+    """
 
     version: str
     model: str
     output: str | None
     recipe: str
+    bits: str
+    definition: str
     target: str
     pipeline: str
     seconds: float

@@ -133,6 +133,12 @@ def _log_progress(console: Console) -> Progress:
     return progress
 
 
+def _recipe(report: CompileReport) -> str:
+    """Name, bits where the name is not just them, and definition."""
+    bits = "" if report.bits == report.recipe else f" at {report.bits}"
+    return f"{report.recipe}{bits}{f' ({report.definition})' if report.definition else ''}"
+
+
 def _show_summary(report: CompileReport, console: Console, verbosity: int) -> None:
     checked, data, worst = report.validation, report.data, report.validation.worst_block
     linears, before, after = len(report.linears), checked.float_bytes, checked.integer_bytes
@@ -145,7 +151,7 @@ def _show_summary(report: CompileReport, console: Console, verbosity: int) -> No
         "Calibration": f"{data.source}; validated on {data.validation_samples} others" if data.validation_samples else data.source,
         "Skipped": _names(skipped, verbosity) if skipped else "",
         "Preprocessing": data.preprocess,
-        "Recipe": f"{report.recipe} for {report.target}, compiled in {report.seconds:.1f} s",
+        "Recipe": f"{_recipe(report)} for {report.target}, compiled in {report.seconds:.1f} s",
     }
     facts = Table(box=None, show_header=False, pad_edge=False)
     facts.add_column(style="dim", no_wrap=True)

@@ -278,3 +278,21 @@ def test_the_report(folder: Path) -> None:
     assert report["gates"][0]["measured"] == report["validation"]["outputs"][0]["sqnr_db"]
     assert report["validation"]["integer_bytes"] == Path("vit_int8.onnx").stat().st_size
     assert {row["threads"] for row in report["validation"]["latency"]} == {1}
+
+
+def test_attention_products_on_integers_at_few_bits(folder: Path) -> None:
+    recipe = folder / "everything.toml"
+    recipe.write_text(
+        'description = "d"\ndefinition = "strict"\npasses = "calibrate,compute-qparams"\n'
+        'weight = { signed = true, symmetric = true, granularity = "per_channel" }\nactivation = { }\n'
+        "[attention]\nq = { }\nk = { }\nprobs = { }\nv = { }\n"
+    )
+    eight, six = (quick(recipe=str(recipe), bits=bits, calibration=None, output=f"{bits}.onnx") for bits in ("w8a8", "w6a6"))
+    assert (six.recipe, six.bits, six.definition) == ("everything", "w6a6", "strict")
+    assert all(row.quantized for row in six.linears), "the head too"
+    assert eight.validation.outputs[0].sqnr_db > six.validation.outputs[0].sqnr_db + 6
+    ops = [node.op_type for node in onnx.load(folder / "w6a6.onnx").graph.node]
+    assert "Attention" not in ops
+    assert ops.count("Softmax") == 2
+    per_block = 4 + 4  # the inputs of qkv, proj, fc1 and fc2, and the operands
+    assert ops.count("Clip") == ops.count("QuantizeLinear") - 1 == 2 * per_block + 1, "all but the image's; and the head's"

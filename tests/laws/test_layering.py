@@ -21,7 +21,7 @@ LAYERS = (
     ("passes",),
     ("annotations", "catalog", "explain", "recipe", "report", "validation", "verify"),
     ("blocks", "targets"),
-    ("calibration", "data", "target", "views"),
+    ("calibration", "data", "qdq", "target", "views"),
     ("builtin_images", "model_io", "pattern", "pipeline", "registry"),
     ("runtime",),
     ("arrays", "graph", "metrics", "preprocess", "progress", "quant"),

@@ -48,6 +48,17 @@ def test_specs_are_those_of_the_recipe() -> None:
     assert Note("annotate", head.name, "role head stays in float in recipe w8a8") in c.notes
 
 
+def test_operands_of_attention_get_what_the_recipe_has() -> None:
+    recipe = replace(load_recipe("w8a8"), attention={"q": {}, "probs": {"bits": 6}})
+    c = annotated(vit(), recipe)
+    for attention in c.annotations.attentions:
+        assert {operand: c.specs[edge].bits for operand, edge in attention.edges.items() if edge in c.specs} == {"q": 8, "probs": 6}
+    softmax = c.annotations.attentions[0].softmax.name
+    c = annotated(vit(), recipe.excluding((f"^{softmax}$",)))
+    assert [any(e in c.specs for e in a.edges.values()) for a in c.annotations.attentions] == [False, True]
+    assert Note("annotate", softmax, f"excluded by '^{softmax}$'") in c.notes
+
+
 def test_exclusion_by_name() -> None:
     name = next(linear.name for linear in annotated(vit()).annotations.linears if linear.role == "fc1")
     c = annotated(vit(), load_recipe("w8a8").excluding((f"^{name}$",)))

@@ -8,6 +8,7 @@ from tests.builders import Dialect, Sizes, changes_of, compilation, run_model, r
 from vitq_compiler.passes.calibrate import Calibrate
 from vitq_compiler.pipeline import Compilation
 from vitq_compiler.quant import Edge
+from vitq_compiler.recipe import load_recipe
 
 FRONT = "canonicalize,recover-gelu,separate-linears,annotate"
 
@@ -33,6 +34,19 @@ def test_channels_lie_last_but_for_images() -> None:
     for linear in c.annotations.linears:
         if Edge(linear.name, 0) in c.specs:
             assert c.table.statistics[linear.input.name].low.size == linear.in_features
+
+
+def test_operands_of_attention_by_head_channel() -> None:
+    sizes = Sizes(depth=1)
+    c = compilation(vit(sizes), recipe=replace(load_recipe("w8a8"), attention={"q": {}, "k": {}, "probs": {}, "v": {}}))
+    run_passes(c, f"{FRONT},calibrate")
+    (attention,) = c.annotations.attentions
+    channels = {
+        operand: c.table.statistics[c.graph.node(edge.node).inputs[edge.index].name].low.size for operand, edge in attention.edges.items()
+    }
+    head = attention.proj.in_features // attention.heads
+    tokens = attention.scores.outputs[0].shape[-1]
+    assert channels == {"q": head, "k": head, "probs": tokens, "v": head}
 
 
 def test_ranges_are_those_of_the_data() -> None:

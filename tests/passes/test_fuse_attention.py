@@ -26,6 +26,7 @@ from vitq_compiler.graph import is_constant, value
 from vitq_compiler.passes import fuse_attention
 from vitq_compiler.pipeline import Compilation, Note
 from vitq_compiler.quant import Edge
+from vitq_compiler.recipe import load_recipe
 
 FRONT = "canonicalize,recover-layernorm,recover-gelu,separate-linears,fold-layer-scale,annotate"
 
@@ -254,3 +255,13 @@ def test_batches_may_differ_afterwards() -> None:
     for batch in (1, 3):
         feed = feed_of(c.graph, batch)
         assert difference(run_model(model, feed), run_model(c.graph, feed)) <= 1e-5
+
+
+def test_products_that_are_to_be_quantized_stay() -> None:
+    recipe = replace(load_recipe("w8a8"), attention={"v": {}})
+    c = compilation(vit(), recipe=recipe.excluding((prepared(vit()).annotations.attentions[1].softmax.name,)))
+    run_passes(c, FRONT)
+    assert fused(c) == 1, "the block that the user keeps in float"
+    assert [note.reason for note in c.notes if note.stage == "fuse-attention"] == [
+        "attention kept decomposed: its products are to be quantized"
+    ]

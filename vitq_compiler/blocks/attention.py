@@ -10,7 +10,11 @@ from numpy.typing import NDArray
 from vitq_compiler.blocks.linear import Linear
 from vitq_compiler.graph import Graph, Node, Tensor, is_constant, producer, readers, scalar
 from vitq_compiler.pattern import MatchFailure
+from vitq_compiler.quant import Edge
 from vitq_compiler.views import VIEWS, View, trace
+
+OPERANDS = ("q", "k", "probs", "v")  # of the two products q k^T and probs v
+CHANNEL_AXES = {"q": -1, "k": -2, "probs": -1, "v": -1}  # of each operand: k is transposed there
 
 
 @dataclass(eq=False)
@@ -53,6 +57,14 @@ class Attention:
     scale: float
     index: int = 0
     fused: Node | None = None
+
+    @property
+    def edges(self) -> dict[str, Edge]:
+        """Operand, of `OPERANDS` -> where it enters its product; none once the products are one node."""
+        if self.fused is not None:
+            return {}
+        places = ((self.scores, 0), (self.scores, 1), (self.context, 0), (self.context, 1))
+        return {operand: Edge(node.name, index) for operand, (node, index) in zip(OPERANDS, places, strict=True)}
 
     @property
     def linears(self) -> list[Linear]:
