@@ -151,7 +151,7 @@ def _fold_batched(graph: Graph, tensor: Tensor, first: Array, second: Array, bat
 
 
 def remove_no_ops(graph: Graph) -> int:
-    """Identity, Dropout, Cast to the same type, x + 0, x * 1, Where of a constant choice, and NaN guards behind an unmasked softmax."""
+    """Identity, Dropout, Cast to the same type, Pad by nothing, x + 0, x * 1, Where of a constant choice and NaN guards."""
     changes = 0
     for node in list(graph.nodes):
         kept = _passed_through(node)
@@ -167,6 +167,8 @@ def _passed_through(node: Node) -> Tensor | None:
     if node.op in ("Identity", "Dropout"):
         return first
     if node.op == "Cast" and first is not None and first.dtype is not None and first.dtype == node.outputs[0].dtype:
+        return first
+    if node.op == "Pad" and len(node.inputs) > 1 and is_constant(node.inputs[1]) and not value(node.inputs[1]).any():
         return first
     if node.op in ("Add", "Mul"):
         neutral = 0.0 if node.op == "Add" else 1.0
