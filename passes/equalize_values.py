@@ -14,8 +14,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from vitq_compiler.blocks.attention import Attention, feeds_only
-from vitq_compiler.graph import Graph, producer, value
+from vitq_compiler.blocks.attention import Attention, check_private, scale_features
+from vitq_compiler.blocks.linear import absorb
+from vitq_compiler.pattern import MatchFailure
 from vitq_compiler.pipeline import Compilation, Fact, Pass
 from vitq_compiler.quant import Edge, equalizing_scale
 
@@ -36,43 +37,20 @@ class EqualizeValues(Pass):
     def run(self, c: Compilation) -> int:
         changes = 0
         for attention in c.annotations.attentions:
-            if Edge(attention.proj.name, 0) not in c.specs:
-                self.note(c, attention.proj.block, "values keep their ranges: proj stays in float")
-            elif shared := _shared(c.graph, attention):
-                self.note(c, attention.proj.block, f"values keep their ranges: {shared}")
-            elif not feeds_only(c.graph, attention.v.linear.output, attention):
-                self.note(
-                    c, attention.proj.block, f"values keep their ranges: {attention.v.linear.name} is read by more than this attention"
-                )
-            else:
-                self._equalize(c, attention)
-                changes += 1
+            try:
+                if Edge(attention.proj.name, 0) not in c.specs:
+                    raise MatchFailure("proj stays in float")
+                check_private(c.graph, attention, "v")
+            except MatchFailure as failure:
+                self.note(c, attention.proj.block, f"values keep their ranges: {failure.reason}")
+                continue
+            self._equalize(c, attention)
+            changes += 1
         return changes
 
     def _equalize(self, c: Compilation, attention: Attention) -> None:
         seen = c.table.statistics[attention.proj.input.name]
         _, ratio = equalizing_scale(np.maximum(np.abs(seen.low), np.abs(seen.high)), self.strength)
-        linear, columns = attention.v.linear, attention.v.columns
-        divisor = np.ones(linear.out_features, np.float32)
-        divisor[columns] = ratio
-        linear.weight.values = value(linear.weight) / divisor
-        if linear.bias is not None:
-            linear.bias.values = value(linear.bias) / divisor
-        attention.proj.weight.values = value(attention.proj.weight) * ratio[:, None]
+        scale_features(attention.v, 1 / ratio)
+        absorb(c.graph, attention.proj, np.zeros_like(ratio), ratio)
         c.table.rescale(attention.proj.input.name, ratio, np.zeros_like(ratio))
-
-
-def _shared(graph: Graph, attention: Attention) -> str:
-    """What else depends on the scale of the values, or an empty string."""
-    v = attention.v
-    for view in (attention.q, attention.k):
-        if view.linear.matmul is v.linear.matmul and np.intersect1d(view.columns, v.columns).size:
-            return "queries or keys are made of the same features"
-    tensor = attention.proj.input
-    while (node := producer(tensor)) is not None:
-        if graph.is_output(tensor):
-            return f"{tensor.name} is a graph output"
-        if node is attention.context or node is attention.fused:
-            break
-        tensor = node.inputs[0]
-    return ""

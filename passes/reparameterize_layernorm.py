@@ -7,18 +7,16 @@ r2 = z - Z an integer vector (RepQ-ViT, arXiv 2212.08254). Then a' = (a + s r2) 
 every channel, so one scale per tensor serves. strength 1 is RepQ-ViT; below 1 less of the spread goes into the weight,
 as in SmoothQuant (arXiv 2211.10438).
 
-Precondition: every reader of the output is a Linear, and one of them is to be quantized; any other would see a' for a. What
-only moves tokens, such as the partition into windows, may lie between: it does the same to a' as to a.
+Precondition: every reader of the output is a Linear, and one of them is to be quantized; any other would see a' for a.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import reduce
 
 import numpy as np
 
-from vitq_compiler.blocks.linear import Linear, add_to_bias, sole_readers
+from vitq_compiler.blocks.linear import Linear, absorb, sole_readers
 from vitq_compiler.calibration import ChannelStatistics
 from vitq_compiler.graph import Graph, Node, value
 from vitq_compiler.pattern import MatchFailure
@@ -50,11 +48,10 @@ class ReparameterizeLayernorm(Pass):
             except MatchFailure as failure:
                 self.note(c, node.name, f"LayerNormalization keeps its ranges: {failure.reason}")
                 continue
-            inputs = {linear.input.name for linear in linears} & c.table.statistics.keys()
-            shift, scale = self.factors(reduce(ChannelStatistics.merge, [c.table.statistics[name] for name in inputs]))
+            name = node.outputs[0].name
+            shift, scale = self.factors(c.table.statistics[name])
             fold(c.graph, node, linears, shift, scale)
-            for name in inputs:
-                c.table.rescale(name, scale, shift)
+            c.table.rescale(name, scale, shift)
             changes += 1
         return changes
 
@@ -84,7 +81,4 @@ def fold(graph: Graph, node: Node, linears: list[Linear], shift: np.ndarray, sca
         node.inputs.append(graph.constant(f"{node.name}/beta", beta))
     node.inputs[2].values = ((beta + shift) / scale).astype(np.float32)
     for linear in linears:
-        weight = value(linear.weight)
-        offset = -(shift.astype(np.float64) @ weight.astype(np.float64))
-        linear.weight.values = weight * scale[:, None]
-        add_to_bias(graph, linear, offset)
+        absorb(graph, linear, shift, scale)

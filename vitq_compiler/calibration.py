@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import islice
 
 import numpy as np
 from numpy.typing import NDArray
 
 from vitq_compiler.errors import ModelError
 from vitq_compiler.graph import Graph
-from vitq_compiler.progress import Progress
+from vitq_compiler.progress import Progress, silent
 from vitq_compiler.runtime import Feed, run, session
 
 Vector = NDArray[np.float32]
@@ -104,3 +105,9 @@ def collect(
 def _batch_size(feed: Feed) -> int:
     sizes: Sequence[int] = [len(a) for a in feed.values() if a.ndim]
     return sizes[0] if sizes else 1
+
+
+def glance(graph: Graph, names: Iterable[str], batches: Iterable[Feed], *, threads: int) -> dict[str, ChannelStatistics]:
+    """Statistics of tensors with channels last on the first batch alone: enough to choose a rewrite that is exact whatever it is."""
+    axes = dict.fromkeys(names, -1)
+    return collect(graph, axes, islice(batches, 1), 0, threads=threads, progress=silent).statistics if axes else {}

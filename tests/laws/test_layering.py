@@ -19,13 +19,12 @@ LAYERS = (
     ("",),
     ("arguments", "compiler", "terminal"),
     ("passes",),
-    ("annotations", "catalog", "explain", "recipe", "repair", "report", "validation", "verify"),
-    ("prefix",),
+    ("annotations", "catalog", "explain", "recipe", "report", "validation", "verify"),
     ("blocks", "targets"),
-    ("calibration", "data", "moments", "qdq", "rounding", "target", "views", "weight_scales"),
+    ("calibration", "data", "qdq", "target", "views"),
     ("builtin_images", "model_io", "pattern", "pipeline", "registry"),
     ("runtime",),
-    ("arrays", "graph", "metrics", "preprocess", "progress", "quant"),
+    ("arrays", "graph", "metrics", "orthogonal", "preprocess", "progress", "quant"),
     ("errors", "recipes"),
 )
 HEIGHT = {module: len(LAYERS) - row for row, layer in enumerate(LAYERS) for module in layer}

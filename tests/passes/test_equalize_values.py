@@ -120,7 +120,7 @@ def test_keys_that_are_the_values() -> None:
     attention = c.annotations.attentions[0]
     np.testing.assert_array_equal(attention.k.columns, attention.v.columns)
     assert equalized(c) == 0
-    assert c.notes[-1].reason == "values keep their ranges: queries or keys are made of the same features"
+    assert c.notes[-1].reason == "values keep their ranges: k is made of the same features as v"
 
 
 @pytest.mark.parametrize("strength", [-0.1, 1.1, float("nan")])

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import product
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from vitq_compiler.blocks.linear import Linear
-from vitq_compiler.graph import Graph, Node, Tensor, is_constant, producer, readers, scalar
+from vitq_compiler.blocks.linear import Linear, add_to_bias
+from vitq_compiler.graph import Graph, Node, Tensor, is_constant, producer, readers, scalar, value
 from vitq_compiler.pattern import MatchFailure
 from vitq_compiler.quant import Edge
 from vitq_compiler.views import VIEWS, View, trace
@@ -120,7 +122,7 @@ def _scores(softmax: Node) -> tuple[Node, float, Tensor | None]:
         if node.op == "Add":
             if mask is not None or scale != 1:
                 raise MatchFailure("two masks, or one below the scaling", node.name)
-            paths = [i for i in (0, 1) if _is_product(node.inputs[i])]
+            paths = [i for i in (0, 1) if is_product(node.inputs[i])]
             if len(paths) != 1:
                 raise MatchFailure("cannot tell the scores from the mask", node.name)
             tensor, mask = node.inputs[paths[0]], node.inputs[1 - paths[0]]
@@ -139,7 +141,8 @@ def _scores(softmax: Node) -> tuple[Node, float, Tensor | None]:
     return node, scale, mask
 
 
-def _is_product(tensor: Tensor) -> bool:
+def is_product(tensor: Tensor) -> bool:
+    """Whether ``tensor`` is a product of two activations, at most scaled by numbers."""
     node = producer(tensor)
     while node is not None and node.op in ("Mul", "Div") and any(scalar(t) is not None for t in node.inputs):
         tensor = next(t for t in node.inputs if scalar(t) is None)
@@ -211,3 +214,67 @@ def feeds_only(graph: Graph, tensor: Tensor, attention: Attention) -> bool:
                 return False
             stack.extend(node.outputs)
     return True
+
+
+def check_private(graph: Graph, attention: Attention, letters: str) -> None:
+    """See that the features of some operands can be rewritten without anything but this attention noticing.
+
+    Args:
+        graph: the graph, to know its outputs.
+        attention: a block, decomposed or fused.
+        letters: of ``qkv``, the operands to rewrite together.
+
+    Raises:
+        MatchFailure: another operand is made of the same features, or something else reads them or the merged heads.
+    """
+    views = {"q": attention.q, "k": attention.k, "v": attention.v}
+    for letter, other in product(letters, views):
+        one, two = views[letter], views[other]
+        if letter != other and one.linear.matmul is two.linear.matmul and np.intersect1d(one.columns, two.columns).size:
+            raise MatchFailure(f"{other} is made of the same features as {letter}", one.linear.name)
+    for letter in letters:
+        linear = views[letter].linear
+        if np.unique(views[letter].columns).size < views[letter].columns.size:
+            raise MatchFailure(f"several heads of {letter} are made of the same features", linear.name)
+        if not feeds_only(graph, linear.output, attention):
+            raise MatchFailure(f"{linear.name} is read by more than this attention", linear.name)
+    tensor = attention.proj.input
+    while "v" in letters and (node := producer(tensor)) is not None:
+        if graph.is_output(tensor):
+            raise MatchFailure(f"{tensor.name} is a graph output", tensor.name)
+        if node is attention.context or node is attention.fused:
+            break
+        tensor = node.inputs[0]
+
+
+def map_heads(view: HeadView, matrices: NDArray[np.float64]) -> None:
+    """h -> h R for every head, R = ``matrices`` [heads, head_dim, head_dim]: features W R, bias c R."""
+    for tensor in (view.linear.weight, view.linear.bias):
+        if tensor is not None:
+            new = value(tensor).astype(np.float64)
+            heads = new[..., view.columns].reshape(*new.shape[:-1], *matrices.shape[:2])
+            new[..., view.columns] = np.einsum("...hd,hde->...he", heads, matrices).reshape(*new.shape[:-1], -1)
+            tensor.values = new.astype(np.float32)
+
+
+def map_merged_heads(proj: Linear, matrices: NDArray[np.float64]) -> None:
+    """Let ``proj`` read h R for every head and give what it gave: R^-1 W."""
+    weight = value(proj.weight).astype(np.float64)
+    heads = weight.reshape(*matrices.shape[:2], -1)
+    proj.weight.values = np.linalg.solve(matrices, heads).reshape(weight.shape).astype(np.float32)
+
+
+def scale_features(view: HeadView, factor: NDArray[Any]) -> None:
+    """h -> h * factor, one number for each of the features of ``view``."""
+    factors = np.ones(view.linear.out_features)
+    factors[view.columns] = factor
+    for tensor in (view.linear.weight, view.linear.bias):
+        if tensor is not None:
+            tensor.values = (value(tensor) * factors).astype(np.float32)
+
+
+def shift_features(graph: Graph, view: HeadView, offset: NDArray[Any]) -> None:
+    """h -> h + offset, one number for each of the features of ``view``."""
+    offsets = np.zeros(view.linear.out_features)
+    offsets[view.columns] = offset
+    add_to_bias(graph, view.linear, offsets)
