@@ -1,9 +1,11 @@
-"""Hand the quantized graph to the target, which rewrites what it cannot take and then checks every node."""
+"""Hand the quantized graph to the target, which rewrites what it cannot take and then checks it."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import groupby
 
+from vitq_compiler.lint.rule import WARNING
 from vitq_compiler.pipeline import Compilation, Fact, Pass
 
 
@@ -18,5 +20,8 @@ class Legalize(Pass):
     def run(self, c: Compilation) -> int:
         changes = c.target.lower(c)
         c.graph.clean()
-        c.target.check(c.graph)
+        findings = [finding for finding in c.target.check(c.graph) if finding.severity is WARNING]
+        for _, group in groupby(findings, key=lambda finding: finding.rule.id):
+            first, *others = group
+            c.warnings.append(f"{first}{f' (and {len(others)} more)' if others else ''}")
         return changes

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import count
 from pathlib import Path
@@ -79,9 +79,10 @@ def graph_of(text: str, **weights: Array) -> Graph:
     return Graph.from_proto(model_of(text, **weights))
 
 
-def model_of(text: str, *, opset: int = OPSET, **weights: Array) -> onnx.ModelProto:
-    """As `graph_of`, the ModelProto."""
-    model = parser.parse_model(f'<ir_version: {IR_VERSION}, opset_import: ["" : {opset}]>\n{text}')
+def model_of(text: str, *, opset: int = OPSET, imports: Mapping[str, int] | None = None, **weights: Array) -> onnx.ModelProto:
+    """As `graph_of`, the ModelProto; ``imports`` are the opsets of other domains."""
+    opsets = ", ".join(f'"{domain}" : {version}' for domain, version in {"": opset, **(imports or {})}.items())
+    model = parser.parse_model(f"<ir_version: {IR_VERSION}, opset_import: [{opsets}]>\n{text}")
     words = set(re.findall(r"\w+", text))
     model.graph.initializer.extend(numpy_helper.from_array(np.asarray(a), name) for name, a in weights.items() if name in words)
     for output in model.graph.output:

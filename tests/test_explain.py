@@ -4,7 +4,8 @@ import pytest
 
 from tests.sample_report import FLOAT_HEAD, NOT_INTEGER, sample_report
 from vitq_compiler.errors import RecipeError
-from vitq_compiler.explain import explain, printable, read_pattern
+from vitq_compiler.explain import explain, read_pattern
+from vitq_compiler.text import printable
 
 
 @pytest.mark.parametrize(

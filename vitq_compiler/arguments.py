@@ -30,12 +30,14 @@ Examples:
   vitq-compile vit.onnx -o small.onnx --calibration photos/ --samples 128
   vitq-compile vit.onnx --exclude 'mlp/fc2' --min-sqnr 25 --report vit.json
   vitq-compile vit.onnx --explain 'attention 7'          why is this block what it is?
+  vitq-compile --check int8.onnx --target tensorrt       what will TensorRT refuse, misread or run slowly?
   vitq-compile --print-pipeline                          to edit, and to give back with --passes
 
 \b
 Exit codes:
   0  compiled                 2    cannot compile, or a wrong option
-  1  a bug in vitq-compile    3    a gate was missed        130  interrupted
+  1  a bug in vitq-compile    3    a gate was missed, or --check found an error
+                              130  interrupted
 
 \b
 Tab completion, once per shell (zsh_source, fish_source likewise):
@@ -118,7 +120,8 @@ def complete_passes(ctx: click.Context, param: click.Parameter, incomplete: str)
 
 PATH = click.Path(path_type=Path)
 COUNT, NATURAL = click.IntRange(min=1), click.IntRange(min=0)
-OUTPUT, DATA, WHAT, GATES, PASSES = "Output", "Calibration", "What to quantize, for which target", "Gates", "Pipeline"
+OUTPUT, DATA, WHAT, GATES = "Output", "Calibration", "What to quantize, for which target", "Gates"
+CHECK, PASSES = "Check", "Pipeline"
 COMMON_BITS = ("w8a8", "w6a6", "w4a8", "w4a4", "w3a3")
 FLAG: dict[str, Any] = {"is_flag": True}
 SHOWN: dict[str, Any] = {"show_default": True}
@@ -191,6 +194,22 @@ OPTIONS = [
         callback=checked(regex_fault),
         help="Keep layers in float whose node or module matches; repeatable.",
     ),
+    Option(
+        WHAT,
+        "--trt-version",
+        type=click.Choice(["8.6", "10", "11"]),
+        default="10",
+        **SHOWN,
+        help="Version of TensorRT, for that target.",
+    ),
+    Option(
+        WHAT,
+        "--compute-capability",
+        type=float,
+        metavar="X.Y",
+        callback=checked(number_fault),
+        help="Of the GPU, such as 8.9; what depends on it is left open without.",
+    ),
     Option(WHAT, "--threads", type=NATURAL, default=0, show_default="0: all cores", metavar="N", help="Threads of the runtime."),
     Option(
         GATES,
@@ -209,6 +228,8 @@ OPTIONS = [
         help="Least part of samples whose top-1 class stays the same.",
     ),
     Option(GATES, "--no-output-on-failure", **FLAG, help="Write no output when a gate is missed."),
+    Option(CHECK, "--check", **FLAG, help="Compile nothing: hold MODEL, made by any tool, against the rules of the target."),
+    Option(CHECK, "--format", type=click.Choice(["text", "json", "sarif"]), default="text", **SHOWN, help="Of what --check prints."),
     Option(PASSES, "--passes", metavar="TEXT", shell_complete=complete_passes, help="Run this pipeline: pass,pass{option=value},pass"),
     Option(PASSES, "--print-pipeline", **FLAG, help="Print the pipeline that these options make, and stop."),
     Option(

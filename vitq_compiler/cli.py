@@ -17,7 +17,8 @@ import click
 
 from vitq_compiler.arguments import EPILOG, HELP, MODEL, OPTIONS
 from vitq_compiler.errors import OutputError, PassError, VitqError
-from vitq_compiler.explain import explain, printable
+from vitq_compiler.explain import explain
+from vitq_compiler.text import printable
 
 if TYPE_CHECKING:
     from vitq_compiler.report import CompileReport
@@ -124,6 +125,8 @@ def _main(**given: Any) -> int:
         return OK
     if given["model"] is None:
         raise click.UsageError("MODEL.onnx is missing")
+    if given["check"]:
+        return _check(given)
     output: Path = given["output"] or _default_output(given["model"])
     _check_report(given["report"], output, given["model"])
     return _compile(given, output)
@@ -179,6 +182,15 @@ def _compile(given: dict[str, Any], output: Path) -> int:
         lines = explain(report, given["explain"])
         click.echo("\n".join(map(printable, lines if given["quiet"] else ["", *lines])), err=json_only)
     return _judge(report, output)
+
+
+def _check(given: dict[str, Any]) -> int:
+    from vitq_compiler.check import check
+    from vitq_compiler.lint.report import FORMATS
+
+    report = check(given["model"], given["target"], **{name: given[name] for name in ("trt_version", "compute_capability")})
+    click.echo(FORMATS[given["format"]](report, bool(given["verbose"])), nl=False)
+    return OK if report.passed else GATE_MISSED
 
 
 def _judge(report: CompileReport, output: Path) -> int:

@@ -52,11 +52,6 @@ def read_pattern(pattern: str) -> re.Pattern[str]:
         ) from None
 
 
-def printable(text: str) -> str:
-    """The text with what cannot be printed spelled out: names come from the model file, and may hold control characters."""
-    return "".join(sign if sign.isprintable() else ascii(sign)[1:-1] for sign in text)
-
-
 def _matching_fields(regex: re.Pattern[str], row: LinearRow) -> list[str]:
     fields = {"name": row.name, "scope": row.scope, "block": row.block, "role": row.role}
     return [name for name, text in fields.items() if text and regex.search(text)]

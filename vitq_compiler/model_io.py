@@ -48,6 +48,22 @@ def parse_model(path: Path) -> onnx.ModelProto:
     """The file as a ModelProto, external data loaded.
 
     Raises:
+        ModelError: as `open_model`, or its external data cannot be read.
+    """
+    model = open_model(path)
+    try:
+        onnx.load_external_data_for_model(model, str(path.parent))
+    except Exception as error:
+        raise ModelError(f"model {path}: cannot read its external data ({first_line(error)}); export it again") from error
+    for tensor in model.graph.initializer:
+        tensor.ClearField("data_location")  # so that the output does not depend on where weights were stored
+    return model
+
+
+def open_model(path: Path) -> onnx.ModelProto:
+    """The file as a ModelProto, external data left where it is.
+
+    Raises:
         ModelError: it is missing, a directory, not ONNX, or its external data is missing.
     """
     if not path.exists():
@@ -64,12 +80,6 @@ def parse_model(path: Path) -> onnx.ModelProto:
         for entry in tensor.external_data:
             if entry.key == "location" and not (path.parent / entry.value).is_file():
                 raise ModelError(f"model {path}: its external data file {entry.value} is missing, put it beside the model")
-    try:
-        onnx.load_external_data_for_model(model, str(path.parent))
-    except Exception as error:
-        raise ModelError(f"model {path}: cannot read its external data ({first_line(error)}); export it again") from error
-    for tensor in model.graph.initializer:
-        tensor.ClearField("data_location")  # so that the output does not depend on where weights were stored
     return model
 
 

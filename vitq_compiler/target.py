@@ -3,24 +3,15 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
 from vitq_compiler.errors import TargetError
-from vitq_compiler.graph import Graph, Node
+from vitq_compiler.graph import Graph
+from vitq_compiler.lint.model import Model
+from vitq_compiler.lint.rule import Finding, Platform, Rule, check
 
 if TYPE_CHECKING:
     from vitq_compiler.pipeline import Compilation
-
-
-@dataclass(frozen=True)
-class Rule:
-    """What must hold for every node of type ``op``; ``reason`` says what goes wrong where it does not."""
-
-    op: str
-    holds: Callable[[Node], bool]
-    reason: str
 
 
 class Target(ABC):
@@ -32,7 +23,8 @@ class Target(ABC):
         ir_version: IR version of the file.
         rewrites: passes that shape the float graph for this target, before calibration.
         lowering: passes from quantization parameters to the final graph.
-        rules: what every node must satisfy.
+        rules: what a graph must satisfy, also one that another tool made; see `lint`.
+        platform: the version and the GPU that the graph is for, where that matters.
         integer_kernels: op types of the runtime's optimized graph that compute on integers.
     """
 
@@ -42,19 +34,22 @@ class Target(ABC):
     rewrites: ClassVar[str]
     lowering: ClassVar[str]
     rules: ClassVar[tuple[Rule, ...]]
+    platform: Platform = Platform()
     integer_kernels: ClassVar[frozenset[str]]
 
     @abstractmethod
     def lower(self, c: Compilation) -> int:
         """Rewrite the quantized graph into the form this target runs fastest; returns the number of changes."""
 
-    def check(self, graph: Graph) -> None:
-        """Hold every node against the rules.
+    def check(self, graph: Graph) -> list[Finding]:
+        """Hold the graph against the rules; returns what is legal but could be better.
 
         Raises:
-            TargetError: one breaks a rule.
+            TargetError: the target would refuse the graph, or mean something else by it.
         """
-        for rule in self.rules:
-            for node in graph.find(rule.op):
-                if not rule.holds(node):
-                    raise TargetError(f"target {self.name}: {rule.op} node {node.name}: {rule.reason}")
+        proto, weights = graph.without_weights()
+        findings = check(Model(proto, weights=weights), self.rules, self.platform)
+        for finding in findings:
+            if finding.severity.fails:
+                raise TargetError(f"target {self.name}: {finding}")
+        return findings

@@ -20,8 +20,8 @@ from rich.progress import Progress as Bars
 from rich.table import Table
 from rich.text import Text
 
-from vitq_compiler.explain import printable
 from vitq_compiler.progress import silent
+from vitq_compiler.text import printable
 
 if TYPE_CHECKING:
     from vitq_compiler.progress import Progress

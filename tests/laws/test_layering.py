@@ -17,15 +17,15 @@ LAYERS = (
     ("__main__",),
     ("cli",),
     ("",),
-    ("arguments", "compiler", "terminal"),
+    ("arguments", "check", "compiler", "terminal"),
     ("passes",),
     ("annotations", "catalog", "explain", "recipe", "report", "validation", "verify"),
     ("blocks", "targets"),
-    ("calibration", "data", "qdq", "target", "views"),
+    ("calibration", "data", "lint", "qdq", "target", "views"),
     ("builtin_images", "model_io", "pattern", "pipeline", "registry"),
     ("runtime",),
     ("arrays", "graph", "metrics", "orthogonal", "preprocess", "progress", "quant"),
-    ("errors", "recipes"),
+    ("errors", "recipes", "text"),
 )
 HEIGHT = {module: len(LAYERS) - row for row, layer in enumerate(LAYERS) for module in layer}
 

@@ -4,17 +4,25 @@ import pytest
 
 from tests.builders import Sizes, changes_of, compilation, ops, run_passes, vit
 from vitq_compiler.errors import TargetError
+from vitq_compiler.lint.model import Model
+from vitq_compiler.lint.rule import Fault, Platform, Rule, Severity
 from vitq_compiler.pipeline import Compilation
-from vitq_compiler.target import Rule
 from vitq_compiler.targets.onnxruntime import Onnxruntime
 
 PREPARED = "canonicalize,recover-gelu,separate-linears,annotate,linearize-patch-embedding,calibrate,compute-qparams,insert-qdq"
 
 
-class Strict(Onnxruntime):
-    """A target that takes no Softmax."""
+def softmaxes(model: Model, platform: Platform) -> list[Fault]:
+    return [Fault(node, "is there") for node in model.find("Softmax")]
 
-    rules = (*Onnxruntime.rules, Rule("Softmax", lambda node: False, "is not taken"))
+
+def strict(severity: Severity) -> Onnxruntime:
+    """A target with a rule against Softmax."""
+
+    class Strict(Onnxruntime):
+        rules = (*Onnxruntime.rules, Rule("X01", severity, "no Softmax", "it is not taken", "take it out", softmaxes))
+
+    return Strict()
 
 
 class Idle(Onnxruntime):
@@ -34,12 +42,28 @@ def test_lowers_every_quantized_linear() -> None:
     assert ops(c.graph).count("Sum") == sums
 
 
-def test_a_broken_rule_names_node_and_reason() -> None:
-    c = compilation(vit(Sizes(depth=1)), target=Strict())
+@pytest.mark.parametrize("severity", [Severity.ERROR, Severity.SILENT])
+def test_a_broken_rule_names_node_and_remedy(severity: Severity) -> None:
+    c = compilation(vit(Sizes(depth=1)), target=strict(severity))
     run_passes(c, PREPARED)
     name = c.graph.find("Softmax")[0].name
-    with pytest.raises(TargetError, match=rf"^target onnxruntime: Softmax node {name}: is not taken$"):
+    with pytest.raises(TargetError, match=rf"^target onnxruntime: X01: Softmax node {name}: is there; take it out$"):
         changes_of(c, "legalize")
+
+
+def test_a_slow_graph_is_warned_of_once() -> None:
+    c = compilation(vit(Sizes(depth=2)), target=strict(Severity.WARNING))
+    run_passes(c, PREPARED)
+    changes_of(c, "legalize")
+    name = c.graph.find("Softmax")[0].name
+    assert c.warnings == [f"X01: Softmax node {name}: is there; take it out (and 1 more)"]
+
+
+def test_what_is_good_to_know_is_no_warning() -> None:
+    c = compilation(vit(Sizes(depth=1)), target=strict(Severity.INFORMATION))
+    run_passes(c, PREPARED)
+    changes_of(c, "legalize")
+    assert c.warnings == []
 
 
 def test_the_target_decides() -> None:

@@ -14,17 +14,13 @@ import numpy as np
 
 from vitq_compiler.blocks.linear import Linear
 from vitq_compiler.graph import Graph, Node, Tensor, producer, value
+from vitq_compiler.lint.onnxruntime import RULES
 from vitq_compiler.quant import Edge, QuantParams
-from vitq_compiler.target import Rule, Target
+from vitq_compiler.target import Target
 from vitq_compiler.targets._flat_stream import flatten_stream
 
 if TYPE_CHECKING:
     from vitq_compiler.pipeline import Compilation
-
-
-def _is_dequantized(tensor: Tensor, dtype: type) -> bool:
-    node = producer(tensor)
-    return node is not None and node.op == "DequantizeLinear" and node.inputs[0].dtype == dtype
 
 
 class Onnxruntime(Target):
@@ -36,25 +32,7 @@ class Onnxruntime(Target):
     rewrites = "fuse-attention,linearize-patch-embedding"
     lowering = "insert-qdq,legalize"
     integer_kernels = frozenset({"QGemm", "MatMulIntegerToFloat", "QLinearMatMul", "QLinearConv", "DynamicQuantizeMatMul"})
-    rules = (
-        Rule("QuantizeLinear", lambda n: len(n.inputs) == 3, "has no zero point, so the runtime fuses nothing with it"),
-        Rule("DequantizeLinear", lambda n: len(n.inputs) == 3, "has no zero point, so the runtime fuses nothing with it"),
-        Rule(
-            "QuantizeLinear",
-            lambda n: n.outputs[0].dtype == np.uint8,
-            "quantizes to int8, which this runtime leaves in float where several nodes read it",
-        ),
-        Rule(
-            "Gemm",
-            lambda n: not _is_dequantized(n.inputs[1], np.int8) or (len(n.inputs) < 3 or _is_dequantized(n.inputs[2], np.int32)),
-            "has a float bias on an integer weight, which keeps it out of the integer kernel",
-        ),
-        Rule(
-            "Gemm",
-            lambda n: not _is_dequantized(n.inputs[1], np.int8) or _is_dequantized(n.inputs[0], np.uint8),
-            "has an integer weight but a float activation",
-        ),
-    )
+    rules = RULES
 
     def lower(self, c: Compilation) -> int:
         flat: dict[str, Tensor] = {}
