@@ -28,7 +28,7 @@ class Annotate(Pass):
     def run(self, c: Compilation) -> int:
         c.graph.infer_shapes()
         c.annotations = understand(c.graph)
-        if not c.annotations.attentions:
+        if not (c.annotations.attentions or c.annotations.computed_attentions):
             near = "; ".join(f"{f.where}: {f.reason}" for f in c.annotations.failures[:1]) or "it has no softmax of a product"
             raise ModelError(f"no transformer block found ({near}); give a vision transformer with its attention in standard operators")
         for failure in c.annotations.failures:
@@ -40,6 +40,8 @@ class Annotate(Pass):
         for attention in c.annotations.attentions:
             if not self._kept(c, attention.softmax):
                 c.specs.update({attention.edges[operand]: spec for operand, spec in c.recipe.attention_specs().items()})
+        for computed in c.annotations.computed_attentions if c.recipe.attention else ():
+            self.note(c, computed.softmax.name, f"operands of its products stay in float: {computed.reason}")
         if not c.specs:
             raise ModelError("every Linear is excluded or of a role that the recipe keeps in float; leave one to quantize")
         return len(c.specs)

@@ -151,7 +151,7 @@ def _fold_batched(graph: Graph, tensor: Tensor, first: Array, second: Array, bat
 
 
 def remove_no_ops(graph: Graph) -> int:
-    """Identity, Dropout, Cast to the same type, empty Pad, x + 0, x * 1, Where of a constant choice, NaN guards of an unmasked softmax."""
+    """Identity, Dropout, Cast to the same type, Pad by nothing, x + 0, x * 1, Where of a constant choice and NaN guards."""
     changes = 0
     for node in list(graph.nodes):
         kept = _passed_through(node)

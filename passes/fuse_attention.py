@@ -46,6 +46,8 @@ class FuseAttention(Pass):
                 changes += 1
             except MatchFailure as failure:
                 self.note(c, attention.softmax.name, f"attention kept decomposed: {failure.reason}")
+        for computed in c.annotations.computed_attentions:
+            self.note(c, computed.softmax.name, f"attention kept decomposed: {computed.reason}")
         c.graph.clean().infer_shapes()
         return changes
 

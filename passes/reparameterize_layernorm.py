@@ -7,12 +7,14 @@ r2 = z - Z an integer vector (RepQ-ViT, arXiv 2212.08254). Then a' = (a + s r2) 
 every channel, so one scale per tensor serves. strength 1 is RepQ-ViT; below 1 less of the spread goes into the weight,
 as in SmoothQuant (arXiv 2211.10438).
 
-Precondition: every reader of the output is a Linear, and one of them is to be quantized; any other would see a' for a.
+Precondition: every reader of the output is a Linear, and one of them is to be quantized; any other would see a' for a. What
+only moves tokens, such as the partition into windows, may lie between: it does the same to a' as to a.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import reduce
 
 import numpy as np
 
@@ -48,10 +50,11 @@ class ReparameterizeLayernorm(Pass):
             except MatchFailure as failure:
                 self.note(c, node.name, f"LayerNormalization keeps its ranges: {failure.reason}")
                 continue
-            name = node.outputs[0].name
-            shift, scale = self.factors(c.table.statistics[name])
+            inputs = {linear.input.name for linear in linears} & c.table.statistics.keys()
+            shift, scale = self.factors(reduce(ChannelStatistics.merge, [c.table.statistics[name] for name in inputs]))
             fold(c.graph, node, linears, shift, scale)
-            c.table.rescale(name, scale, shift)
+            for name in inputs:
+                c.table.rescale(name, scale, shift)
             changes += 1
         return changes
 

@@ -52,7 +52,7 @@ class SplitOutlierChannels(Pass):
             outliers = self.outliers(c.table.statistics[hidden.name])
             if not len(outliers):
                 continue
-            if mlp.activation.op not in ACTIVATIONS or len(mlp.fc1.output.outputs) != 1 or len(hidden.outputs) != 1:
+            if not mlp.plain or mlp.activation.op not in ACTIVATIONS or len(mlp.fc1.output.outputs) != 1 or len(hidden.outputs) != 1:
                 self.note(c, mlp.fc2.name, "outlier channels are not split off: the hidden layer has other readers, or no plain activation")
                 continue
             _split(c, mlp, outliers)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from vitq_compiler.blocks.attention import Attention, find_attention
+from vitq_compiler.blocks.computed_attention import ComputedAttention, match_computed_attention
 from vitq_compiler.blocks.linear import Linear, find_linears
 from vitq_compiler.blocks.mlp import Mlp, find_mlps
 from vitq_compiler.blocks.patch_embed import find_patch_embeddings
@@ -21,7 +22,8 @@ class Annotations:
 
     Attributes:
         linears: every Linear layer, in graph order, with its role and block.
-        attentions: attention blocks.
+        attentions: attention blocks whose operands are views of Linear layers.
+        computed_attentions: the other attention blocks.
         mlps: MLP blocks.
         patch_embeddings: Conv nodes that turn the image into tokens.
         failures: structures that were almost an attention block, and why not.
@@ -31,6 +33,7 @@ class Annotations:
 
     linears: list[Linear] = field(default_factory=list)
     attentions: list[Attention] = field(default_factory=list)
+    computed_attentions: list[ComputedAttention] = field(default_factory=list)
     mlps: list[Mlp] = field(default_factory=list)
     patch_embeddings: list[Node] = field(default_factory=list)
     failures: list[MatchFailure] = field(default_factory=list)
@@ -46,9 +49,10 @@ class Annotations:
 def understand(graph: Graph) -> Annotations:
     """Find the blocks of ``graph`` by structure and give every Linear its role."""
     linears = find_linears(graph)
-    attentions, failures = find_attention(graph, linears)
-    found = Annotations(linears, attentions, find_mlps(graph, linears), find_patch_embeddings(graph), failures)
-    for attention in attentions:
+    attentions, computed, failures = _find_attention(graph, linears)
+    found = Annotations(linears, attentions, computed, find_mlps(graph, linears), find_patch_embeddings(graph), failures)
+    blocks: list[Attention | ComputedAttention] = [*attentions, *computed]
+    for attention in blocks:
         block = f"attention {attention.index}"
         for linear in attention.linears:
             linear.role, linear.block = "qkv", block
@@ -56,9 +60,9 @@ def understand(graph: Graph) -> Annotations:
     for mlp in found.mlps:
         mlp.fc1.role, mlp.fc1.block = "fc1", f"mlp {mlp.index}"
         mlp.fc2.role, mlp.fc2.block = "fc2", f"mlp {mlp.index}"
-    matmuls = {id(linear.matmul) for linear in linears}
+    weighted = {id(linear.matmul) for linear in linears} | {id(node) for node in graph.find("Conv")}
     for linear in linears:
-        if linear.role == "linear" and not _feeds(linear.output, matmuls):
+        if linear.role == "linear" and not _feeds(linear.output, weighted):
             linear.role = "head"
     found.block_edges = {
         linear.block: edge for linear in linears if linear.role in ("proj", "fc2") and (edge := _reading_edge(linear.output))
@@ -66,6 +70,23 @@ def understand(graph: Graph) -> Annotations:
     heads = {id(linear.output) for linear in linears if linear.role == "head"}
     found.class_outputs = frozenset(t.name for t in graph.outputs if _holds_classes(t, heads))
     return found
+
+
+def _find_attention(graph: Graph, linears: list[Linear]) -> tuple[list[Attention], list[ComputedAttention], list[MatchFailure]]:
+    """Attention blocks of both kinds, numbered together in graph order, and what is none of them."""
+    attentions, near_misses = find_attention(graph, linears)
+    computed: list[ComputedAttention] = []
+    failures: list[MatchFailure] = []
+    for failure in near_misses:
+        try:
+            computed.append(match_computed_attention(graph.node(failure.where), linears, failure.reason))
+        except MatchFailure as none:
+            failures.append(none)
+    blocks: list[Attention | ComputedAttention] = [*attentions, *computed]
+    place = {id(node): number for number, node in enumerate(graph.nodes)}
+    for index, attention in enumerate(sorted(blocks, key=lambda block: place[id(block.softmax)])):
+        attention.index = index
+    return attentions, computed, failures
 
 
 def _holds_classes(tensor: Tensor, heads: set[int]) -> bool:
@@ -82,15 +103,15 @@ def _reading_edge(tensor: Tensor) -> Edge | None:
     return None
 
 
-def _feeds(tensor: Tensor, matmuls: set[int]) -> bool:
-    """Whether any Linear lies downstream of ``tensor``."""
+def _feeds(tensor: Tensor, weighted: set[int]) -> bool:
+    """Whether any of the nodes ``weighted`` lies downstream of ``tensor``."""
     seen: set[int] = set()
     stack = readers(tensor)
     while stack:
         node = stack.pop()
         if id(node) in seen:
             continue
-        if id(node) in matmuls:
+        if id(node) in weighted:
             return True
         seen.add(id(node))
         stack.extend(r for t in node.outputs for r in readers(t))

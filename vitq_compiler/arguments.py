@@ -212,6 +212,21 @@ OPTIONS = [
     ),
     Option(WHAT, "--threads", type=NATURAL, default=0, show_default="0: all cores", metavar="N", help="Threads of the runtime."),
     Option(
+        WHAT,
+        "--device",
+        default="auto",
+        metavar="NAME",
+        show_default="auto: a GPU where torch has one",
+        help="Device of recipes that train, as torch names it.",
+    ),
+    Option(
+        WHAT,
+        "--work-dir",
+        type=PATH,
+        metavar="DIR",
+        help="Keep activations of recipes that fit weights there and not in memory, and resume interrupted training from there.",
+    ),
+    Option(
         GATES,
         "--min-sqnr",
         type=float,

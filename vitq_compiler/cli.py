@@ -29,7 +29,7 @@ STDOUT = Path("-")
 
 # The options that `compile` takes under the same name.
 SAME_NAMES: tuple[str, ...] = ("recipe", "bits", "definition", "target", "calibration", "samples", "batch_size", "preprocess")
-SAME_NAMES += ("exclude", "passes", "min_sqnr", "min_agreement", "dump_after", "seed", "threads")
+SAME_NAMES += ("exclude", "passes", "min_sqnr", "min_agreement", "dump_after", "seed", "threads", "device", "work_dir")
 
 
 class _Command(click.Command):

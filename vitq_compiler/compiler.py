@@ -18,7 +18,7 @@ from vitq_compiler.catalog import load_target, pipeline_for
 from vitq_compiler.data import Data, open_data
 from vitq_compiler.errors import ModelError, RecipeError
 from vitq_compiler.graph import Graph
-from vitq_compiler.model_io import check_output, convert_opset, file_bytes, read_model, write_model
+from vitq_compiler.model_io import check_output, convert_opset, file_bytes, make_work_folder, read_model, write_model
 from vitq_compiler.pipeline import Compilation
 from vitq_compiler.preprocess import resolve
 from vitq_compiler.progress import Progress, silent
@@ -50,6 +50,8 @@ def compile(
     dump_after: Sequence[str] = (),
     seed: int = 0,
     threads: int = 0,
+    device: str = "auto",
+    work_dir: Path | None = None,
     progress: Progress = silent,
 ) -> CompileReport:
     """Compile a float32 vision transformer into an integer graph and validate it.
@@ -73,6 +75,8 @@ def compile(
         dump_after: passes after which the graph is written beside the output.
         seed: of the choice of samples and of the built-in images.
         threads: runtime threads, 0 for all.
+        device: of passes that train, as torch names it; ``auto`` takes a GPU where torch has one.
+        work_dir: where passes that fit weights keep activations instead of in memory, and what they can resume from.
         progress: told how far each step is.
 
     Returns:
@@ -89,6 +93,9 @@ def compile(
     if missing := [name for name in dump_after if name not in {p.name for p in pipeline.passes}]:
         raise RecipeError(f"cannot dump after {missing[0]}: the pipeline has no such pass; see --print-pipeline")
     dumps = {name: (output or model).with_suffix(f".after-{name}.onnx") for name in dump_after}
+    if work_dir is not None:
+        work_dir = Path(work_dir)
+        make_work_folder(work_dir)
     for path in (*([output] if output is not None else ()), *dumps.values()):
         check_output(path, model)
 
@@ -104,7 +111,7 @@ def compile(
         batch_size=batch_size,
         seed=seed,
     )
-    c = Compilation(graph, plan, chosen, data, threads=threads, progress=progress)
+    c = Compilation(graph, plan, chosen, data, threads=threads, progress=progress, device=device, work_dir=work_dir)
     progress("reading", 1, 1)
 
     feed = _probe_batch(graph, data)

@@ -109,6 +109,11 @@ class Graph:
         return [InputSpec(t.name, np.dtype(t.dtype), tuple(t.shape or ())) for t in self._gs.inputs]
 
     @property
+    def input_tensors(self) -> list[Tensor]:
+        """The graph inputs as tensors."""
+        return list(self._gs.inputs)
+
+    @property
     def outputs(self) -> list[Tensor]:
         """The tensors that the graph gives out."""
         return list(self._gs.outputs)
@@ -213,6 +218,29 @@ class Graph:
     def set_outputs(self, tensors: Iterable[Tensor]) -> None:
         """Replace the graph outputs (for probing copies)."""
         self._gs.outputs = list(tensors)
+
+    def part(self, sources: Sequence[str], results: Sequence[str]) -> Graph:
+        """A copy of what computes the tensors ``results`` from the tensors ``sources``, both in the order given; weights are shared.
+
+        A tensor that is both is passed on by an Identity, under another name.
+        """
+        copy = self.snapshot()
+        tensors = copy._gs.tensors()
+        inputs = [tensors[name] for name in sources]
+        for tensor in inputs:
+            tensor.inputs.clear()
+            tensor.dtype = tensor.dtype or np.dtype(np.float32)
+            tensor.shape = (
+                [f"{tensor.name}/{i}" if not isinstance(d, int) else d for i, d in enumerate(tensor.shape)] if tensor.shape else None
+            )
+        copy._gs.inputs = inputs
+        passed = set(sources)
+        copy._gs.outputs = [
+            copy.insert("Identity", [tensors[n]], name=f"{n}/kept", like=tensors[n]) if n in passed else tensors[n] for n in results
+        ]
+        for tensor in copy._gs.outputs:
+            tensor.dtype = tensor.dtype or np.dtype(np.float32)
+        return copy.clean()
 
     def name_nodes(self) -> None:
         """Give every node a unique name, keeping the exporter's."""

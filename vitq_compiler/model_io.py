@@ -179,6 +179,20 @@ def check_output(path: Path, model: Path) -> None:
         raise OutputError(f"output {path}: not writable; check its permissions")
 
 
+def make_work_folder(path: Path) -> None:
+    """Make a folder for what a compile leaves behind, where there is none yet.
+
+    Raises:
+        OutputError: it is a file, or cannot be made or written to.
+    """
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise OutputError(f"work directory {path}: {error.strerror or error}; give another one") from error
+    if not os.access(path, os.W_OK):
+        raise OutputError(f"work directory {path}: not writable; check its permissions")
+
+
 def write_model(model: onnx.ModelProto, path: Path) -> None:
     """Write ``model`` so that ``path`` holds either what it held before or the whole new file.
 

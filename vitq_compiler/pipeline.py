@@ -12,6 +12,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, fields, replace
 from enum import Enum
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
 from vitq_compiler.errors import PassError, RecipeError, VitqError
@@ -66,11 +67,14 @@ class Compilation:
     specs: dict[Edge, QuantSpec] = field(default_factory=dict)
     params: dict[Edge, QuantParams] = field(default_factory=dict)
     rounding: dict[Edge, Array] = field(default_factory=dict)  # weight edge -> its codes, where they are not the nearest ones
+    reference: Graph | None = None  # the float graph, kept by the first pass that fits weights to it
     codes: dict[Edge, str] = field(default_factory=dict)  # weight edge -> the initializer of its codes, set by insert-qdq
     notes: list[Note] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)
     threads: int = 0
     progress: Progress = silent
+    device: str = "auto"  # of torch, for passes that train
+    work_dir: Path | None = None  # where passes keep activations that memory should not hold, and what they can resume from
 
     def move_specs(self, old: str, new: Sequence[str]) -> None:
         """Let the nodes ``new``, which take the place of the node ``old``, become what it was to become, for the same reasons."""

@@ -39,7 +39,7 @@ class Parity:
         if p.edits and not p.exact:
             self.check()
         if Fact.QUANTIZED in p.provides:
-            self.floating = c.graph.snapshot()
+            self.floating = (c.reference or c.graph).snapshot()
 
     def after(self, p: Pass, c: Compilation, result: PassResult) -> None:
         """Remember the graph after an exact pass that changed something."""

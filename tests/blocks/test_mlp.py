@@ -47,9 +47,32 @@ def test_other_things_between_two_linears(middle: str) -> None:
     assert mlps(middle) == []
 
 
+DEPTHWISE = "Conv <group = 4, pads = [1, 1]>"
+
+
+@pytest.mark.parametrize(
+    "convolution",
+    [
+        f"d = {DEPTHWISE} (t, kernel) b = Transpose <perm = [0, 2, 1]> (d) h = Relu(b)",
+        f"d = {DEPTHWISE} (t, kernel) b = Relu(d) h = Transpose <perm = [0, 2, 1]> (b)",
+    ],
+)
+def test_a_depthwise_convolution_between(convolution: str) -> None:
+    def found(kernel: np.ndarray, text: str) -> list[Mlp]:
+        text = f"a = MatMul(x, w) t = Transpose <perm = [0, 2, 1]> (a) {text} y = MatMul(h, w2)"
+        graph = graph_of(f"g (float[B, 5, 4] x) => (float[B, 5, 4] y) {{ {text} }}", w=W, w2=W, kernel=kernel)
+        return find_mlps(graph, find_linears(graph))
+
+    (mlp,) = found(np.ones((4, 1, 3), np.float32), convolution)
+    assert mlp.activation.op == "Relu"
+    assert not mlp.plain
+    assert found(np.ones((4, 4, 3), np.float32), convolution.replace("group = 4", "group = 1")) == []
+
+
 def test_in_a_vision_transformer() -> None:
     c = compilation(vit(Sizes(depth=3)))
     run_passes(c, "canonicalize,recover-gelu,separate-linears")
     found = find_mlps(c.graph, find_linears(c.graph))
     assert [mlp.index for mlp in found] == [0, 1, 2]
+    assert all(mlp.plain for mlp in found)
     assert all((mlp.fc1.in_features, mlp.fc1.out_features, mlp.fc2.out_features) == (8, 12, 8) for mlp in found)

@@ -152,6 +152,7 @@ NO_OPS = {
     "times one": "a = Relu(x) b = Mul(a, one) y = Neg(b)",
     "one times": "a = Relu(x) b = Mul(one, a) y = Neg(b)",
     "times [1]": "a = Relu(x) b = Mul(a, row) y = Neg(b)",
+    "Pad by nothing": "a = Relu(x) b = Pad(a, zeros) y = Neg(b)",
     "where true": "a = Relu(x) n = Neg(x) b = Where(yes, a, n) y = Neg(b)",
     "several": "a = Relu(x) b = Identity(a) d = Mul(one, b) e = Dropout(d) y = Neg(e)",
 }
@@ -160,6 +161,7 @@ NUMBERS = {
     "one": np.array(1, np.float32),
     "row": np.array([1], np.float32),
     "cube": np.ones((1, 1, 1), np.float32),
+    "zeros": np.zeros(4, np.int64),
     "yes": np.array([True]),
     "no": np.array([False]),
     "two": np.array(2, np.float32),

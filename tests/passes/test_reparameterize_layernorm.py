@@ -217,3 +217,58 @@ def test_in_a_vision_transformer(qkv: str, bias: bool) -> None:
     assert changes_of(c, "reparameterize-layernorm") == 4, "not the last one, whose class token alone is read"
     assert difference(before, run_model(c.graph, feed)) <= 1e-5
     assert [note.stage for note in c.notes] == ["annotate", "reparameterize-layernorm"], "the head and the LayerNorm before it"
+
+
+WINDOWS = "a = LayerNormalization(x4, gamma, beta) {} r = Reshape(t, rows) m = MatMul(r, w) y = Add(m, c)"
+MOVES = {
+    "window partition": "p = Reshape(a, cut) t = Transpose <perm = [0, 1, 3, 2, 4, 5]> (p)",
+    "roll": "f = Slice(a, zero, two, one) b = Slice(a, two, four, one) t = Concat <axis = 1> (b, f)",
+    "rows in another order": "t = Gather <axis = 1> (a, order)",
+}
+ARGUMENTS = {
+    "cut": np.array([-1, 2, 2, 2, 2, WIDTH]),
+    "rows": np.array([-1, 4, WIDTH]),
+    "order": np.array([3, 1, 0, 2]),
+    **{name: np.array([number]) for name, number in (("zero", 0), ("one", 1), ("two", 2), ("four", 4))},
+    "pads": np.array([0, 0, 0, 0, 0, 1, 0, 0]),
+    "token": np.ones((2, 4, 4, WIDTH), np.float32),
+}
+
+
+def windowed(moves: str) -> Compilation:
+    text = WINDOWS.format(moves)
+    held = {"gamma": GAMMA, "beta": BETA, "w": W, "c": BIAS} | {name: array for name, array in ARGUMENTS.items() if name in text}
+    c = compilation(graph_of(f"g (float[B, 4, 4, {WIDTH}] x4) => (float y) {{ {text} }}", **held))
+    c.graph.infer_shapes()
+    c.annotations = understand(c.graph)
+    (linear,) = c.annotations.linears
+    c.specs[Edge(linear.name, 0)] = QuantSpec()
+    values = activation(c, feed_of(c.graph)).reshape(-1, WIDTH)
+    c.table = CalibrationTable({"r": ChannelStatistics(values.min(0), values.max(0), values.mean(0))}, 2)
+    return c
+
+
+@pytest.mark.parametrize("moves", MOVES.values(), ids=MOVES)
+def test_tokens_may_be_moved_on_the_way(moves: str) -> None:
+    c = windowed(moves)
+    before = c.table.statistics["r"]
+    assert rewritten(c) == 1
+    after = c.table.statistics["r"]
+    spread = [np.ptp(seen.high - seen.low) / np.mean(seen.high - seen.low) for seen in (before, after)]
+    assert spread[1] < spread[0], "the statistics follow"
+
+
+@pytest.mark.parametrize(
+    ("moves", "reason"),
+    [
+        ("t = Pad(a, pads)", "its output is also read by Pad"),
+        ("t = Transpose <perm = [0, 1, 3, 2]> (a)", "its output is also read by Transpose"),
+        ("t = Concat <axis = 1> (a, token)", "its output is joined with others by Concat"),
+        ("h, i = Split <axis = 3, num_outputs = 2> (a) t = Concat <axis = 3> (h, i)", "its output is also read by"),
+    ],
+)
+def test_channels_must_stay_whole_and_alone(moves: str, reason: str) -> None:
+    c = windowed(moves)
+    assert rewritten(c) == 0
+    (note,) = c.notes
+    assert reason in note.reason

@@ -1,0 +1,60 @@
+"""Weights that expect the errors of what comes before them.
+
+    y = x W + c  ->  y = x' V + c',   V = argmin E|x W - x' V|^2 + strength |V - W|^2,   c' = c + E[x] W - E[x'] V
+
+x are the inputs in the float graph, x' those behind all quantizers and compensated layers before; V has a closed form (ridge
+regression; first step of ERQ, arXiv 2407.06794, reconstruction of RepQuant, arXiv 2402.05628). ``strength`` is in parts of
+the mean energy of an input, so that one number serves all layers. Scales of the new weight are computed afresh. An output
+whose error, weights rounded, would not shrink keeps its old weight.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from vitq_compiler.blocks.linear import Linear
+from vitq_compiler.graph import value
+from vitq_compiler.moments import Moments
+from vitq_compiler.pipeline import Compilation, Fact, Pass
+from vitq_compiler.quant import Edge, QuantParams, fake_quantize
+from vitq_compiler.repair import Target, set_bias, sweep
+from vitq_compiler.weight_scales import fit_scales
+
+
+@dataclass(frozen=True)
+class CompensateWeights(Pass):
+    """x W + c -> x' V + c', fitted by ridge regression to the quantized inputs x'"""
+
+    name = "compensate-weights"
+    requires = frozenset({Fact.QPARAMS})
+    strength: float = 0.5
+
+    def __post_init__(self) -> None:
+        if not self.strength >= 0:
+            raise ValueError(f"strength must be at least 0, got {self.strength}")
+
+    def run(self, c: Compilation) -> int:
+        def compensate(linear: Linear, target: Target, moments: Moments) -> None:
+            edge = Edge(linear.name, 1)
+            old = c.params[edge]
+            weight = moments.regress(target.weight, self.strength)
+            new = fit_scales(weight, c.specs[edge], np.diag(moments.other_covariance))
+            quantized = fake_quantize(weight, new).astype(np.float64), fake_quantize(value(linear.weight), old).astype(np.float64)
+            errors = [moments.error(target.weight, q) for q in quantized]
+            kept = errors[1] <= errors[0] if old.axis is not None else np.full(linear.out_features, errors[1].sum() <= errors[0].sum())
+            linear.weight.values = np.where(kept, value(linear.weight), weight).astype(np.float32)
+            c.params[edge] = choose(kept, old, new)
+            c.rounding.pop(edge, None)
+            set_bias(linear, target.bias + moments.bias_offset(target.weight, np.where(kept, quantized[1], quantized[0])))
+
+        return sweep(c, compensate, "compensating")
+
+
+def choose(which: np.ndarray, first: QuantParams, second: QuantParams) -> QuantParams:
+    """``first`` for the outputs where ``which`` holds, else ``second``."""
+    if first.axis is None:
+        return first if which.all() else second
+    scale, zero_point = (np.where(which, a, b) for a, b in ((first.scale, second.scale), (first.zero_point, second.zero_point)))
+    return QuantParams(scale, zero_point, first.axis, first.quant_min, first.quant_max)

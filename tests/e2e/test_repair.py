@@ -1,0 +1,53 @@
+"""Recipes that fit weights, the whole way: better than without, plain QDQ, and the same from memory and from disk."""
+
+from pathlib import Path
+
+import onnx
+import pytest
+
+from tests.e2e.command import WIDE, write_vit
+from vitq_compiler.compiler import compile
+from vitq_compiler.errors import OutputError
+from vitq_compiler.recipe import load_recipe
+from vitq_compiler.report import CompileReport
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_vit(tmp_path_factory.mktemp("model") / "vit.onnx", WIDE)
+
+
+def quality(report: CompileReport) -> float:
+    return report.validation.outputs[0].sqnr_db
+
+
+def test_fitted_weights_are_better_and_plain(model: Path, tmp_path: Path) -> None:
+    recipe = load_recipe("fast-w4a4")
+    without = recipe.passes.partition(",compensate-weights")[0]
+    bare = tmp_path / "bare.toml"
+    bare.write_text(
+        f"""description = "the same without repair"
+        passes = "{without}"
+        weight = {{ bits = 4, signed = true, symmetric = true, granularity = "per_channel" }}
+        activation = {{ bits = 4 }}
+        definition = "strict"
+        attention = {{ q = {{}}, k = {{}}, probs = {{}}, v = {{}} }}""",
+        encoding="utf-8",
+    )
+    reports = {}
+    for name, choice, work in (("bare", str(bare), None), ("fast", "fast-w4a4", None), ("disk", "fast-w4a4", tmp_path / "work")):
+        output = tmp_path / f"{name}.onnx"
+        reports[name] = compile(model, output, recipe=choice, samples=32, threads=1, work_dir=work)
+    assert quality(reports["fast"]) > quality(reports["bare"]) + 1
+    assert all(row.quantized for row in reports["fast"].linears)
+    assert (tmp_path / "fast.onnx").read_bytes() == (tmp_path / "disk.onnx").read_bytes()
+    before, after = ({n.op_type for n in onnx.load(tmp_path / f"{name}.onnx").graph.node} for name in ("bare", "fast"))
+    assert before == after, "repair leaves no operator behind"
+
+
+def test_a_work_directory_that_is_a_file_is_refused(model: Path, tmp_path: Path) -> None:
+    (tmp_path / "work").write_text("mine")
+    with pytest.raises(OutputError, match=r"work directory .*: File exists; give another one"):
+        compile(model, tmp_path / "out.onnx", work_dir=tmp_path / "work")
+    assert (tmp_path / "work").read_text() == "mine"
+    assert not (tmp_path / "out.onnx").exists()

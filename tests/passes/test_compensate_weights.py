@@ -1,0 +1,65 @@
+"""compensate-weights: layers expect the errors of those before them, and no output gets worse on the samples it was fitted to."""
+
+import numpy as np
+import pytest
+
+from tests.builders import Batches, Sizes, compilation, feed_of, find_pass, run_model, run_passes, vit
+from vitq_compiler.graph import value
+from vitq_compiler.metrics import sqnr
+from vitq_compiler.pipeline import Compilation
+from vitq_compiler.qdq import simulate
+
+FRONT = "canonicalize,recover-layernorm,recover-gelu,separate-linears,annotate,calibrate,compute-qparams"
+
+
+def prepared(bits: str = "w4a4", *, bias: bool = True, granularity: str = "per_channel") -> Compilation:
+    c = compilation(vit(Sizes(bias=bias)))
+    c.recipe = c.recipe.with_bits(bits)
+    object.__setattr__(c.recipe.weight, "granularity", granularity)
+    c.data = Batches(c.graph.inputs, batches=6, batch_size=8)
+    run_passes(c, FRONT)
+    return c
+
+
+def quality(c: Compilation, seed: int = 5) -> float:
+    feed = feed_of(c.graph, batch=64, seed=seed)
+    return sqnr(run_model(vit(Sizes()), feed)[0], run_model(simulate(c), feed)[0])
+
+
+@pytest.mark.parametrize("granularity", ["per_channel", "per_tensor"])
+def test_it_helps_on_unseen_samples(granularity: str) -> None:
+    c = prepared(granularity=granularity)
+    before = quality(c)
+    assert find_pass("compensate-weights")().run(c) == 8
+    assert quality(c) > before + 1
+
+
+def test_the_reference_is_the_float_model() -> None:
+    c = prepared()
+    feed = feed_of(c.graph)
+    expected = run_model(c.graph, feed)[0]
+    find_pass("compensate-weights")().run(c)
+    assert c.reference is not None
+    np.testing.assert_array_equal(run_model(c.reference, feed)[0], expected)
+    assert np.abs(run_model(c.graph, feed)[0] - expected).max() > 1e-3
+
+
+def test_almost_no_error_changes_almost_nothing() -> None:
+    c = prepared("w8a8")
+    weights = {linear.name: value(linear.weight) for linear in c.annotations.linears}
+    find_pass("compensate-weights")(strength=10.0).run(c)
+    for linear in c.annotations.linears:
+        np.testing.assert_allclose(value(linear.weight), weights[linear.name], atol=0.02 * np.abs(weights[linear.name]).max())
+
+
+def test_layers_without_a_bias_get_one() -> None:
+    c = prepared(bias=False)
+    assert any(linear.bias is None for linear in c.annotations.linears)
+    find_pass("compensate-weights")().run(c)
+    assert all(linear.bias is not None for linear in c.annotations.linears)
+    assert np.isfinite(run_model(simulate(c), feed_of(c.graph))[0]).all()
+
+
+def test_a_negative_strength_is_refused() -> None:
+    with pytest.raises(ValueError, match="strength must be at least 0, got -1"):
+        find_pass("compensate-weights")(strength=-1.0)

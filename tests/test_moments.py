@@ -1,0 +1,63 @@
+"""Moments stand for the samples: every figure is that of the samples themselves."""
+
+import numpy as np
+import pytest
+
+from vitq_compiler.moments import Moments
+
+RANDOM = np.random.default_rng(0)
+X = (RANDOM.normal(size=(300, 6)) @ RANDOM.normal(size=(6, 6)) + RANDOM.normal(size=6)).astype(np.float32)
+OTHER = np.round(X).astype(np.float32)  # what quantization left of it
+W, BIAS = RANDOM.normal(size=(6, 4)), RANDOM.normal(size=4)
+V = np.round(W * 2) / 2
+
+
+def moments(other: np.ndarray = OTHER) -> Moments:
+    batches = np.array_split(np.arange(300), 4)
+    return Moments.gather((X[b].reshape(3, -1, 6), other[b].reshape(3, -1, 6)) for b in batches)
+
+
+def test_the_error_is_that_of_the_samples_under_the_best_bias() -> None:
+    m = moments()
+    assert m.rows == 300
+    bias = BIAS + m.bias_offset(W, V)
+    difference = X @ W + BIAS - (OTHER @ V + bias)
+    np.testing.assert_allclose(difference.mean(0), 0, atol=1e-5)
+    np.testing.assert_allclose(m.error(W, V), np.square(difference).mean(0), rtol=1e-4)
+
+
+def test_regression_without_penalty_is_least_squares() -> None:
+    design = np.c_[OTHER, np.ones(300)]
+    expected = np.linalg.lstsq(design, X @ W, rcond=None)[0][:-1]
+    np.testing.assert_allclose(moments().regress(W, 0), expected, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("strength", [1e-3, 0.1, 10])
+def test_regression_is_stationary_and_never_worse(strength: float) -> None:
+    m = moments()
+    found = m.regress(W, strength)
+    penalty = strength * np.trace(m.other_covariance) / 6
+    np.testing.assert_allclose(m.other_covariance @ found - m.cross @ W + penalty * (found - W), 0, atol=1e-9)
+    assert (m.error(W, found) + penalty * np.square(found - W).sum(0) <= m.error(W, W)).all()
+
+
+def test_regression_without_error_or_with_all_penalty_changes_nothing() -> None:
+    np.testing.assert_allclose(moments(X).regress(W, 0), W, atol=1e-4)
+    np.testing.assert_allclose(moments().regress(W, 1e9), W, atol=1e-6)
+
+
+def test_inputs_that_never_vary() -> None:
+    other = OTHER.copy()
+    other[:, 3] = 7
+    assert np.isfinite(moments(other).regress(W, 0)).all()
+
+
+def test_the_affine_is_the_best_factor() -> None:
+    m = moments()
+    factor = m.affine(W, V)
+    best = m.error(W, V * factor)
+    for other in (factor * 0.98, factor * 1.02, np.ones(4)):
+        assert (best <= m.error(W, V * other) + 1e-12).all()
+    np.testing.assert_allclose(moments(X).affine(W, W), 1, rtol=1e-6)
+    np.testing.assert_allclose(m.affine(W, 5 * W), 0.5)
+    np.testing.assert_allclose(m.affine(W, 0 * W), 1)

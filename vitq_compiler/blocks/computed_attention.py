@@ -1,0 +1,135 @@
+"""Attention whose operands are more than views of Linear layers: pooled, normalized, of another token count, cut into windows.
+
+    softmax(f(q) g(k)^T + bias) h(v) W      q, k, v from Linear layers; f, g, h channelwise; W the projection
+
+Swin v2 divides q and k by their lengths, Hiera and MViT pool them, XCiT attends over channels, SAM adds products of q to the
+scores, LeViT has an activation before W. All of them keep their Linear layers apart from other blocks, so the operands are
+followed upwards, and the result downwards, until a Linear is met. Passes that must know where every feature goes use
+`blocks.attention.Attention`; here only roles are known.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from vitq_compiler.blocks.linear import Linear, is_depthwise
+from vitq_compiler.graph import Node, Tensor, is_constant, producer, readers
+from vitq_compiler.pattern import MatchFailure
+from vitq_compiler.views import VIEWS
+
+ELEMENTWISE = frozenset({"Add", "Sub", "Mul", "Div", "Neg", "Pow", "Sqrt", "Reciprocal", "Exp", "Clip", "Max", "Min", "Where", "Cast"})
+LAYOUT = VIEWS | frozenset({"Concat", "Expand", "Pad", "Tile", "MaxPool", "AveragePool", "GlobalAveragePool", "ReduceMax"})
+REDUCTIONS = frozenset({"ReduceL2", "ReduceSum", "ReduceSumSquare", "ReduceMean"})
+PRODUCTS = frozenset({"MatMul", "Einsum"})
+NORMS = frozenset({"LayerNormalization", "RMSNormalization"})
+ACTIVATIONS = frozenset({"Relu", "HardSwish", "HardSigmoid", "Gelu", "Sigmoid", "Swish"})
+
+
+@dataclass(eq=False)
+class ComputedAttention:
+    """One attention block of which the parts are known, but not how operands lie in their Linear layers.
+
+    Attributes:
+        softmax: the Softmax node.
+        linears: the distinct Linear layers that queries, keys and values are computed from.
+        proj: the Linear that reads the result.
+        reason: what keeps it from being an `Attention`.
+        index: position among all attention blocks of the graph.
+    """
+
+    softmax: Node
+    linears: list[Linear]
+    proj: Linear
+    reason: str
+    index: int = 0
+
+
+def match_computed_attention(softmax: Node, linears: list[Linear], reason: str) -> ComputedAttention:
+    """The attention block around ``softmax``, which is no `Attention` for ``reason``.
+
+    Raises:
+        MatchFailure: no block is found; its reason is then ``reason``.
+    """
+    by_output = {id(linear.output): linear for linear in linears}
+    context = _context(softmax)
+    if context is None:
+        raise MatchFailure(reason, softmax.name)
+    values = next((t for t in context.inputs if not _comes_from(t, softmax)), None)
+    scores = _sources(softmax.inputs[0], by_output, products=1)
+    found = [*scores, *(_sources(values, by_output, products=0) if values is not None else [])]
+    proj = _projection(context, {id(linear.matmul): linear for linear in linears})
+    if not scores or len(found) == len(scores) or proj is None or any(linear is proj for linear in found):
+        raise MatchFailure(reason, softmax.name)
+    return ComputedAttention(softmax, list({id(linear): linear for linear in found}.values()), proj, reason)
+
+
+def _context(softmax: Node) -> Node | None:
+    """The product of the probabilities and the values."""
+    stack = readers(softmax.outputs[0])
+    while stack:
+        node = stack.pop()
+        if node.op in PRODUCTS and not any(is_constant(t) for t in node.inputs):
+            return node
+        if node.op in VIEWS | ELEMENTWISE:
+            stack.extend(reader for t in node.outputs for reader in readers(t))
+    return None
+
+
+def _comes_from(tensor: Tensor, softmax: Node) -> bool:
+    node = producer(tensor)
+    while node is not None and node is not softmax and node.op in VIEWS | ELEMENTWISE:
+        node = producer(next((t for t in node.inputs if not is_constant(t)), node.inputs[0]))
+    return node is softmax
+
+
+def _sources(tensor: Tensor, by_output: dict[int, Linear], products: int) -> list[Linear]:
+    """The Linear layers that ``tensor`` is computed from, through at most so many products.
+
+    Behind a normalization only layout may lie: a sum there would be the residual stream, which leads to other blocks.
+    """
+    found: dict[int, Linear] = {}
+    seen: set[tuple[int, int, bool]] = set()
+    stack = [(tensor, products, False)]
+    while stack:
+        current, left, normed = stack.pop()
+        node = producer(current)
+        if (id(current), left, normed) in seen or node is None:
+            continue
+        seen.add((id(current), left, normed))
+        if (linear := by_output.get(id(current))) is not None:
+            found[id(linear)] = linear
+            continue
+        if node.op in PRODUCTS:
+            if not left:
+                continue
+            left -= 1
+        elif node.op in NORMS:
+            normed = True
+        elif not (node.op in LAYOUT or is_depthwise(node) or (node.op in ELEMENTWISE | REDUCTIONS and not normed)):
+            continue
+        stack.extend((t, left, normed) for t in node.inputs if not is_constant(t))
+    return list(found.values())
+
+
+def _projection(context: Node, by_matmul: dict[int, Linear]) -> Linear | None:
+    """The one Linear that reads the result, if there is one.
+
+    Behind a sum of two activations no normalization may lie: such a sum would be the residual stream.
+    """
+    found: dict[int, Linear] = {}
+    seen: set[tuple[int, bool]] = set()
+    stack = [(reader, False) for t in context.outputs for reader in readers(t)]
+    while stack:
+        node, summed = stack.pop()
+        if (id(node), summed) in seen:
+            continue
+        seen.add((id(node), summed))
+        if (linear := by_matmul.get(id(node))) is not None:
+            found[id(linear)] = linear
+            continue
+        if node.op == "Add" and not any(is_constant(t) for t in node.inputs):
+            summed = True
+        elif not (node.op in VIEWS | ELEMENTWISE | ACTIVATIONS or node.op == "Concat" or (node.op in NORMS and not summed)):
+            continue
+        stack.extend((reader, summed) for t in node.outputs for reader in readers(t))
+    return next(iter(found.values())) if len(found) == 1 else None

@@ -1,0 +1,114 @@
+"""What a layer needs to know of its inputs to be repaired: means and second moments, in float and as quantized.
+
+For a layer  y = x W + c  with float input x, and  x' V + c'  with the input x' of the quantized graph,
+
+    E|y - (x' V + c')|^2  =  W^T Cxx W - 2 V^T Cx'x W + V^T Cx'x' V        with c' = c + E[x] W - E[x'] V
+
+where C are covariances: the best bias takes the means out. So neither rounding nor regression needs a single sample again,
+and memory does not grow with their number.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+from numpy.typing import NDArray
+
+from vitq_compiler.rounding import damped
+
+Matrix = NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class Moments:
+    """Moments of the inputs of one layer, as sums over ``rows`` input vectors; those of two samples add up.
+
+    Attributes:
+        rows: number of pairs (x, x').
+        sums: sums of x, x', x^T x, x'^T x and x'^T x'.
+    """
+
+    rows: int
+    sums: tuple[Matrix, Matrix, Matrix, Matrix, Matrix]
+
+    @classmethod
+    def gather(cls, pairs: Iterable[tuple[NDArray[np.float32], NDArray[np.float32]]]) -> Moments:
+        """Sum over batches of (x, x'), each of shape [samples, ..., inputs]; equal rows belong together."""
+        total: Moments | None = None
+        for x, other in pairs:
+            part = cls._of(x.reshape(-1, x.shape[-1]), other.reshape(-1, x.shape[-1]))
+            total = part if total is None else total + part
+        if total is None:
+            raise ValueError("moments of no samples")
+        return total
+
+    @classmethod
+    def _of(cls, x: NDArray[np.float32], other: NDArray[np.float32]) -> Moments:
+        squares = ((a.T @ b).astype(np.float64) for a, b in ((x, x), (other, x), (other, other)))
+        return cls(len(x), (x.sum(0, np.float64), other.sum(0, np.float64), *squares))
+
+    def __add__(self, more: Moments) -> Moments:
+        a, b, c, d, e = (p + q for p, q in zip(self.sums, more.sums, strict=True))
+        return Moments(self.rows + more.rows, (a, b, c, d, e))
+
+    @cached_property
+    def mean(self) -> Matrix:
+        """E[x], [inputs]."""
+        return self.sums[0] / self.rows
+
+    @cached_property
+    def other_mean(self) -> Matrix:
+        """E[x'], [inputs]."""
+        return self.sums[1] / self.rows
+
+    @cached_property
+    def covariance(self) -> Matrix:
+        """Cxx, [inputs, inputs]."""
+        return self.sums[2] / self.rows - np.outer(self.mean, self.mean)
+
+    @cached_property
+    def cross(self) -> Matrix:
+        """Cx'x, [inputs, inputs]; rows belong to x'."""
+        return self.sums[3] / self.rows - np.outer(self.other_mean, self.mean)
+
+    @cached_property
+    def other_covariance(self) -> Matrix:
+        """Cx'x', [inputs, inputs]."""
+        return self.sums[4] / self.rows - np.outer(self.other_mean, self.other_mean)
+
+    def error(self, weight: Matrix, other: Matrix) -> Matrix:
+        """Mean squared error of x' V for x W in each output under the best bias, [outputs]."""
+        kept = np.einsum("io,io->o", weight, self.covariance @ weight)
+        shared = np.einsum("io,io->o", other, self.cross @ weight)
+        made = np.einsum("io,io->o", other, self.other_covariance @ other)
+        left: Matrix = np.maximum(kept - 2 * shared + made, 0.0)
+        return left
+
+    def bias_offset(self, weight: Matrix, other: Matrix) -> Matrix:
+        """What to add to the bias, so that x' V has the mean of x W in each output, [outputs]."""
+        offset: Matrix = self.mean @ weight - self.other_mean @ other
+        return offset
+
+    def regress(self, weight: Matrix, strength: float) -> Matrix:
+        """V that minimizes E|x W - x' V|^2 + strength |V - W|^2 (ridge regression towards W), [inputs, outputs].
+
+        ``strength`` is relative to the mean energy of an input (the trace of Cx'x' by the number of inputs). What an input that
+        never varies is multiplied by does not matter.
+        """
+        penalty = strength * float(np.trace(self.other_covariance)) / len(weight)
+        system = damped(self.other_covariance, strength or 1e-10)
+        return np.asarray(np.linalg.solve(system, self.cross @ weight + penalty * weight), np.float64)
+
+    def affine(self, weight: Matrix, other: Matrix, low: float = 0.5, high: float = 2.0) -> Matrix:
+        """The factor of each output of x' V that brings it closest to x W, within [low, high], [outputs].
+
+        cov(x' V, x W) / var(x' V), the per-channel form of QwT-v2 (arXiv 2505.20932).
+        """
+        shared = np.einsum("io,io->o", other, self.cross @ weight)
+        made = np.einsum("io,io->o", other, self.other_covariance @ other)
+        factor: Matrix = np.divide(shared, made, out=np.ones_like(shared), where=made > 0)
+        clamped: Matrix = np.clip(factor, low, high)
+        return clamped
