@@ -76,6 +76,8 @@ def _fuse(c: Compilation, attention: Attention) -> None:
 def _mask(graph: Graph, attention: Attention, mask: Tensor) -> Tensor:
     """The mask with its last two axes as long as queries and keys: ONNX Runtime broadcasts only the axes before them."""
     tokens = list(attention.scores.outputs[0].shape[-2:])
+    if len(attention.scores.outputs[0].shape) == 3 and len(mask.shape or ()) > 2:
+        raise MatchFailure("its mask may differ from head to head, and heads are counted into the batch", mask.name)
     if is_constant(mask) and all(isinstance(size, int) for size in tokens) and value(mask).ndim <= 4:
         spread = np.broadcast_to(value(mask), (*value(mask).shape[:-2], *tokens))
         return graph.constant(f"{mask.name}/spread", spread)
@@ -97,7 +99,17 @@ def _operands(c: Compilation, attention: Attention) -> list[Tensor]:
         c.move_specs(linear.name, [part.name for part in parts])
         place = c.annotations.linears.index(linear)
         c.annotations.linears[place : place + 1] = parts
-    return [view.linear.output for view in views.values()]
+    return [_sequence(c.graph, view.linear.output) for view in views.values()]
+
+
+def _sequence(graph: Graph, tensor: Tensor) -> Tensor:
+    """``tensor`` with an axis for tokens, where it is of one token and has none."""
+    if len(tensor.shape) == 3:
+        return tensor
+    shape = graph.constant(f"{tensor.name}/one_token", np.array([-1, 1, tensor.shape[-1]], np.int64))
+    result = graph.insert("Reshape", [tensor, shape], name=f"{tensor.name}/sequence", like=tensor)
+    result.shape = [tensor.shape[0], 1, tensor.shape[-1]]
+    return result
 
 
 def _part(graph: Graph, linear: Linear, view: HeadView, name: str) -> Linear:

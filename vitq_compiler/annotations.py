@@ -57,8 +57,13 @@ def understand(graph: Graph) -> Annotations:
         for linear in attention.linears:
             linear.role, linear.block = "qkv", block
         attention.proj.role, attention.proj.block = "proj", block
+    for computed_attention in computed:
+        for linear in computed_attention.mixers:
+            linear.role, linear.block = "mix", f"attention {computed_attention.index}"
     for mlp in found.mlps:
-        mlp.fc1.role, mlp.fc1.block = "fc1", f"mlp {mlp.index}"
+        for half, role in ((mlp.gate, "gate"), (mlp.fc1, "fc1")):
+            if half is not None and half.role in ("linear", "gate"):  # a parallel block shares it with attention
+                half.role, half.block = role, f"mlp {mlp.index}"
         mlp.fc2.role, mlp.fc2.block = "fc2", f"mlp {mlp.index}"
     weighted = {id(linear.matmul) for linear in linears} | {id(node) for node in graph.find("Conv")}
     for linear in linears:
@@ -81,7 +86,8 @@ def _find_attention(graph: Graph, linears: list[Linear]) -> tuple[list[Attention
         try:
             computed.append(match_computed_attention(graph.node(failure.where), linears, failure.reason))
         except MatchFailure as none:
-            failures.append(none)
+            if any(reader.op == "MatMul" for reader in readers(graph.node(failure.where).outputs[0])):  # else a classifier's
+                failures.append(none)
     blocks: list[Attention | ComputedAttention] = [*attentions, *computed]
     place = {id(node): number for number, node in enumerate(graph.nodes)}
     for index, attention in enumerate(sorted(blocks, key=lambda block: place[id(block.softmax)])):

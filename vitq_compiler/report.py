@@ -24,7 +24,7 @@ class LinearRow:
     Attributes:
         name: its node in the compiled graph.
         scope: the module it came from, where the exporter recorded it.
-        role: what it does: qkv, proj, fc1, fc2, head, linear, patch_embed.
+        role: what it does: qkv, mix, proj, fc1, gate, fc2, head, linear, patch_embed.
         block: its block, such as ``attention 3``.
         in_features, out_features: its size.
         quantized: whether weight and activation are integers in the output.

@@ -35,8 +35,8 @@ class View:
     source_shape: tuple[int, ...]
 
 
-def trace(tensor: Tensor) -> View:
-    """Follow ``tensor`` up through layout operations and multiplications by a number.
+def trace(tensor: Tensor, rows: int = BATCH) -> View:
+    """Follow ``tensor`` up through layout operations and multiplications by a number; ``rows`` stands for a dynamic first axis.
 
     Raises:
         MatchFailure: a shape on the way is unknown.
@@ -55,15 +55,15 @@ def trace(tensor: Tensor) -> View:
             tensor = node.inputs[0]
         else:
             break
-    shape = static_shape(tensor)
+    shape = static_shape(tensor, rows)
     index = np.arange(int(np.prod(shape)), dtype=np.int64).reshape(shape)
     for node, result in reversed(chain):
         index = _apply(node, result, index)
     return View(tensor, scale, index, shape)
 
 
-def static_shape(tensor: Tensor) -> tuple[int, ...]:
-    """The shape with 2 for a dynamic first axis.
+def static_shape(tensor: Tensor, rows: int = BATCH) -> tuple[int, ...]:
+    """The shape with ``rows`` for a dynamic first axis.
 
     Raises:
         MatchFailure: another size is unknown.
@@ -72,7 +72,7 @@ def static_shape(tensor: Tensor) -> tuple[int, ...]:
         raise MatchFailure(f"the shape of {tensor.name} is unknown", tensor.name)
     sizes = [d if isinstance(d, int) and d > 0 else None for d in tensor.shape]
     if sizes and sizes[0] is None:
-        sizes[0] = BATCH
+        sizes[0] = rows
     if None in sizes:
         raise MatchFailure(f"the shape {list(tensor.shape)} of {tensor.name} is not static apart from the batch", tensor.name)
     return tuple(d for d in sizes if d is not None)

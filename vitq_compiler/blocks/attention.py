@@ -13,7 +13,7 @@ from vitq_compiler.blocks.linear import Linear, add_to_bias
 from vitq_compiler.graph import Graph, Node, Tensor, is_constant, producer, readers, scalar, value
 from vitq_compiler.pattern import MatchFailure
 from vitq_compiler.quant import Edge
-from vitq_compiler.views import VIEWS, View, trace
+from vitq_compiler.views import BATCH, VIEWS, trace
 
 OPERANDS = ("q", "k", "probs", "v")  # of the two products q k^T and probs v
 CHANNEL_AXES = {"q": -1, "k": -2, "probs": -1, "v": -1}  # of each operand: k is transposed there
@@ -79,12 +79,10 @@ class Attention:
 
 
 def find_attention(graph: Graph, linears: list[Linear]) -> tuple[list[Attention], list[MatchFailure]]:
-    """All attention blocks in graph order, and for each Softmax before a product that is none the reason."""
+    """All attention blocks in graph order, and for each other Softmax the reason."""
     found: list[Attention] = []
     failures: list[MatchFailure] = []
     for softmax in graph.find("Softmax"):
-        if not any(reader.op == "MatMul" for reader in readers(softmax.outputs[0])):
-            continue  # a classifier's, not an attention block at all
         try:
             found.append(match_attention(softmax, linears))
             found[-1].index = len(found) - 1
@@ -103,16 +101,14 @@ def match_attention(softmax: Node, linears: list[Linear]) -> Attention:
     context = _only_reader(softmax.outputs[0], "MatMul")
     if context.inputs[0] is not softmax.outputs[0]:
         raise MatchFailure("the probabilities are not the left operand of a MatMul", context.name)
-    q, k, v = trace(scores.inputs[0]), trace(scores.inputs[1]), trace(context.inputs[1])
-    if v.scale != 1:
-        raise MatchFailure("the values are scaled", context.name)
-    if q.index.ndim != 4:
-        raise MatchFailure(f"the scores have {q.index.ndim} axes, not batch, heads, queries, keys", scores.name)
-    heads = q.index.shape[1]
     by_output = {id(linear.output): linear for linear in linears}
-    views = [_head_view(view, index, by_output) for view, index in ((q, q.index), (k, k.index.swapaxes(-1, -2)), (v, v.index))]
+    places = (("q", scores.inputs[0]), ("k", scores.inputs[1]), ("v", context.inputs[1]))
+    (q, scale_q), (k, scale_k), (v, scale_v) = (_head_view(tensor, by_output, transposed=name == "k") for name, tensor in places)
+    if scale_v != 1:
+        raise MatchFailure("the values are scaled", context.name)
+    heads = v.columns.size // int(context.inputs[1].shape[-1])
     proj = _projection(context, heads, {id(linear.matmul): linear for linear in linears})
-    return Attention(views[0], views[1], views[2], scores, softmax, context, proj, mask, heads, scale * q.scale * k.scale)
+    return Attention(q, k, v, scores, softmax, context, proj, mask, heads, scale * scale_q * scale_k)
 
 
 def _scores(softmax: Node) -> tuple[Node, float, Tensor | None]:
@@ -150,22 +146,33 @@ def is_product(tensor: Tensor) -> bool:
     return node is not None and node.op == "MatMul" and not is_constant(node.inputs[1])
 
 
-def _head_view(view: View, index: NDArray[np.int64], by_output: dict[int, Linear]) -> HeadView:
-    """``index`` is [batch, heads, tokens, head_dim] into a [batch, tokens, features] Linear output."""
+def _head_view(tensor: Tensor, by_output: dict[int, Linear], *, transposed: bool) -> tuple[HeadView, float]:
+    """``tensor`` [batch, heads, tokens, head_dim] as a view of a Linear output [batch, tokens, features], and its scale.
+
+    Heads may be counted into the batch, or a single head have no axis; a Linear on one token may have no axis for it.
+    ``transposed``: tokens and head_dim are exchanged.
+    """
+    view = trace(tensor)
     linear = by_output.get(id(view.source))
     if linear is None:
         node = producer(view.source)
         raise MatchFailure(f"an operand comes from {node.op if node else 'a graph input'}, not from a Linear", node.name if node else "")
-    if len(view.source_shape) != 3 or index.ndim != 4:
+    if len(view.source_shape) not in (2, 3):
         raise MatchFailure(f"an operand is viewed from {len(view.source_shape)} axes", linear.name)
-    batch, tokens, features = view.source_shape
+    batch, features = view.source_shape[0], view.source_shape[-1]
+    tokens = view.source_shape[1] if len(view.source_shape) == 3 else 1
+    index = view.index.swapaxes(-1, -2) if transposed else view.index
+    if index.ndim == 3 and index.shape[0] % batch == 0:
+        index = index.reshape(batch, -1, *index.shape[1:])
+    if index.ndim != 4:
+        raise MatchFailure(f"an operand has {index.ndim} axes, not batch, heads, tokens, features", linear.name)
     columns = index[0, :, 0, :]
     expected = (np.arange(batch)[:, None, None, None] * tokens + np.arange(tokens)[None, None, :, None]) * features + columns[
         None, :, None, :
     ]
     if index.shape != expected.shape or not np.array_equal(index, expected):
         raise MatchFailure("an operand is no split of a Linear into heads over the same tokens", linear.name)
-    return HeadView(linear, columns.reshape(-1))
+    return HeadView(linear, columns.reshape(-1)), view.scale
 
 
 def _projection(context: Node, heads: int, by_matmul: dict[int, Linear]) -> Linear:
@@ -176,7 +183,7 @@ def _projection(context: Node, heads: int, by_matmul: dict[int, Linear]) -> Line
             linear = by_matmul.get(id(node))
             if linear is None or node.inputs[0] is not tensor:
                 break
-            view = trace(tensor)
+            view = trace(tensor, rows=BATCH * heads if len(context.outputs[0].shape or ()) == 3 else BATCH)
             if view.source is not context.outputs[0] or view.index.ndim != 3:
                 break
             batch, tokens, features = view.index.shape

@@ -2,10 +2,11 @@
 
     softmax(f(q) g(k)^T + bias) h(v) W      q, k, v from Linear layers; f, g, h channelwise; W the projection
 
-Swin v2 divides q and k by their lengths, Hiera and MViT pool them, XCiT attends over channels, SAM adds products of q to the
-scores, LeViT has an activation before W. All of them keep their Linear layers apart from other blocks, so the operands are
-followed upwards, and the result downwards, until a Linear is met. Passes that must know where every feature goes use
-`blocks.attention.Attention`; here only roles are known.
+DINOv3 and EVA-02 rotate q and k by their positions, others normalize them, SigLIP learns q, CaiT mixes scores and probabilities
+over heads by small Linear layers, EVA-02 normalizes before W. Swin v2 divides q and k by their lengths, Hiera and MViT pool them,
+XCiT attends over channels, SAM adds products of q to the scores, LeViT has an activation before W. All of them keep their Linear
+layers apart from other blocks, so the operands are followed upwards, and the result downwards, until a Linear is met. Passes that
+must know where every feature goes use `blocks.attention.Attention`; here only roles are known.
 """
 
 from __future__ import annotations
@@ -34,6 +35,7 @@ class ComputedAttention:
         linears: the distinct Linear layers that queries, keys and values are computed from.
         proj: the Linear that reads the result.
         reason: what keeps it from being an `Attention`.
+        mixers: Linear layers over heads, on scores or probabilities.
         index: position among all attention blocks of the graph.
     """
 
@@ -41,6 +43,7 @@ class ComputedAttention:
     linears: list[Linear]
     proj: Linear
     reason: str
+    mixers: list[Linear]
     index: int = 0
 
 
@@ -50,44 +53,49 @@ def match_computed_attention(softmax: Node, linears: list[Linear], reason: str) 
     Raises:
         MatchFailure: no block is found; its reason is then ``reason``.
     """
-    by_output = {id(linear.output): linear for linear in linears}
-    context = _context(softmax)
+    heads = list(softmax.outputs[0].shape or [])[1:2]
+    mixers = {id(linear.matmul): linear for linear in linears if [linear.in_features] == [linear.out_features] == heads}
+    by_output = {id(linear.output): linear for linear in linears if id(linear.matmul) not in mixers}
+    context = _context(softmax, mixers)
     if context is None:
         raise MatchFailure(reason, softmax.name)
-    values = next((t for t in context.inputs if not _comes_from(t, softmax)), None)
-    scores = _sources(softmax.inputs[0], by_output, products=1)
-    found = [*scores, *(_sources(values, by_output, products=0) if values is not None else [])]
+    values = next((t for t in context.inputs if not _comes_from(t, softmax, mixers)), None)
+    scores, before = _sources(softmax.inputs[0], by_output, mixers, products=1)
+    found = [*scores, *(_sources(values, by_output, {}, products=0)[0] if values is not None else [])]
+    behind = _sources(next(t for t in context.inputs if t is not values), {}, mixers, products=0)[1]
     proj = _projection(context, {id(linear.matmul): linear for linear in linears})
     if not scores or len(found) == len(scores) or proj is None or any(linear is proj for linear in found):
         raise MatchFailure(reason, softmax.name)
-    return ComputedAttention(softmax, list({id(linear): linear for linear in found}.values()), proj, reason)
+    distinct = [list({id(linear): linear for linear in group}.values()) for group in (found, [*before, *behind])]
+    return ComputedAttention(softmax, distinct[0], proj, reason, distinct[1])
 
 
-def _context(softmax: Node) -> Node | None:
+def _context(softmax: Node, mixers: dict[int, Linear]) -> Node | None:
     """The product of the probabilities and the values."""
     stack = readers(softmax.outputs[0])
     while stack:
         node = stack.pop()
         if node.op in PRODUCTS and not any(is_constant(t) for t in node.inputs):
             return node
-        if node.op in VIEWS | ELEMENTWISE:
+        if node.op in VIEWS | ELEMENTWISE or id(node) in mixers:
             stack.extend(reader for t in node.outputs for reader in readers(t))
     return None
 
 
-def _comes_from(tensor: Tensor, softmax: Node) -> bool:
+def _comes_from(tensor: Tensor, softmax: Node, mixers: dict[int, Linear]) -> bool:
     node = producer(tensor)
-    while node is not None and node is not softmax and node.op in VIEWS | ELEMENTWISE:
+    while node is not None and node is not softmax and (node.op in VIEWS | ELEMENTWISE or id(node) in mixers):
         node = producer(next((t for t in node.inputs if not is_constant(t)), node.inputs[0]))
     return node is softmax
 
 
-def _sources(tensor: Tensor, by_output: dict[int, Linear], products: int) -> list[Linear]:
-    """The Linear layers that ``tensor`` is computed from, through at most so many products.
+def _sources(tensor: Tensor, by_output: dict[int, Linear], mixers: dict[int, Linear], products: int) -> tuple[list[Linear], list[Linear]]:
+    """The Linear layers that ``tensor`` is computed from, through at most so many products; and the mixers on the way.
 
     Behind a normalization only layout may lie: a sum there would be the residual stream, which leads to other blocks.
     """
     found: dict[int, Linear] = {}
+    passed: dict[int, Linear] = {}
     seen: set[tuple[int, int, bool]] = set()
     stack = [(tensor, products, False)]
     while stack:
@@ -99,7 +107,9 @@ def _sources(tensor: Tensor, by_output: dict[int, Linear], products: int) -> lis
         if (linear := by_output.get(id(current))) is not None:
             found[id(linear)] = linear
             continue
-        if node.op in PRODUCTS:
+        if (mixer := mixers.get(id(node))) is not None:
+            passed[id(node)] = mixer
+        elif node.op in PRODUCTS:
             if not left:
                 continue
             left -= 1
@@ -108,7 +118,7 @@ def _sources(tensor: Tensor, by_output: dict[int, Linear], products: int) -> lis
         elif not (node.op in LAYOUT or is_depthwise(node) or (node.op in ELEMENTWISE | REDUCTIONS and not normed)):
             continue
         stack.extend((t, left, normed) for t in node.inputs if not is_constant(t))
-    return list(found.values())
+    return list(found.values()), list(passed.values())
 
 
 def _projection(context: Node, by_matmul: dict[int, Linear]) -> Linear | None:

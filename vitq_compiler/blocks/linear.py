@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from vitq_compiler.graph import Graph, Node, Tensor, is_constant, readers, value
 from vitq_compiler.pattern import MatchFailure
 
-ROLES = ("qkv", "proj", "fc1", "fc2", "head", "linear", "patch_embed")
+ROLES = ("qkv", "mix", "proj", "fc1", "gate", "fc2", "head", "linear", "patch_embed")
 
 
 @dataclass(eq=False)
