@@ -71,19 +71,17 @@ def _gated(node: Node, by_output: dict[int, Linear]) -> tuple[Linear | None, Lin
 
 def _behind(tensor: Tensor) -> Tensor:
     """Where ``tensor`` comes from, through layout operations, depthwise convolutions and the bias of a part."""
-    while (node := producer(tensor)) is not None:
-        if node.op == "Add" and is_constant(node.inputs[1]) and not _multiplies(node.inputs[0]):
-            tensor = node.inputs[0]
-        elif (node.op in VIEWS or is_depthwise(node)) and not is_constant(node.inputs[0]):
-            tensor = node.inputs[0]
-        else:
+    while (node := producer(tensor)) is not None and not is_constant(node.inputs[0]):
+        if not (node.op in VIEWS or is_depthwise(node) or (node.op == "Add" and _adds_to_part(node))):
             break
+        tensor = node.inputs[0]
     return tensor
 
 
-def _multiplies(tensor: Tensor) -> bool:
-    node = producer(tensor)
-    return node is not None and node.op == "MatMul"
+def _adds_to_part(node: Node) -> bool:
+    """Whether an Add has a constant, and is not the bias of a whole Linear."""
+    product = producer(node.inputs[0])
+    return is_constant(node.inputs[1]) and (product is None or product.op != "MatMul")
 
 
 def _preactivation(node: Node) -> Tensor | None:
