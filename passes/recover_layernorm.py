@@ -2,26 +2,27 @@
 
     d = x - mean(x);  d / sqrt(mean(d^2) + eps) * gamma + beta  ->  LayerNormalization(x, gamma, beta; eps)
 
-Matched: Pow or a product for the square, Sqrt or Pow 0.5, Div or Reciprocal, constants on either side of Mul and Add.
-Precondition: means over the last axis.
+Matched: every form of `blocks.normalization`, with and without gamma and beta, constants on either side, and TensorFlow's
+x * s + (beta - mean(x) * s) with s = gamma / sqrt(var + eps). Precondition: means over the last axis.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
-import numpy as np
-
-from vitq_compiler.graph import Graph, Node, Tensor, is_constant, scalar, value
-from vitq_compiler.pattern import Bindings, const, either, match, op, var
+from vitq_compiler.blocks.normalization import inverse_root, mean, over_root, parameter, square, width_of
+from vitq_compiler.graph import Graph, Node, scalar
+from vitq_compiler.pattern import Bindings, MatchFailure, const, either, match, nearest_miss, op, var
 from vitq_compiler.pipeline import Compilation, Fact, Pass
 
-_centered = op.Sub(var("x"), op.ReduceMean(var("x")).named("mean"))
-_square = either(op.Pow(_centered, const(equals=2.0)), op.Mul(_centered, _centered))
-_variance = op.Add(op.ReduceMean(_square).named("mean_square"), const("epsilon"))
-_deviation = either(op.Sqrt(_variance), op.Pow(_variance, const(equals=0.5)))
-_normalized = either(op.Div(_centered, _deviation), op.Mul(_centered, op.Reciprocal(_deviation)))
-LAYERNORM = op.Add(op.Mul(_normalized, const("gamma")), const("beta"))
+_mean = mean(var("x"), "mean")
+_centered = op.Sub(var("x"), _mean)
+_variance = op.Add(mean(square(_centered), "mean_square"), const("epsilon"))
+_normal = over_root(_centered, _variance)
+_scaled = over_root(_centered, _variance, const("gamma"))
+_slope = op.Mul(inverse_root(_variance), const("gamma"))
+_regrouped = op.Add(op.Mul(var("x"), _slope), op.Sub(const("beta"), op.Mul(_mean, _slope)))
+LAYERNORM = either(op.Add(_scaled, const("beta")), _regrouped, _scaled, op.Add(_normal, const("beta")), _normal)
 
 
 @dataclass(frozen=True)
@@ -33,37 +34,37 @@ class RecoverLayernorm(Pass):
     exact = True
 
     def run(self, c: Compilation) -> int:
-        changes = 0
-        for node in c.graph.find("Add"):
-            bound = match(LAYERNORM, node.outputs[0]) if node.outputs else None
-            if bound is not None and _over_last_axis(bound):
-                _rewrite(c.graph, node, bound)
-                changes += 1
+        recovered: set[int] = set()  # mean(d^2) of each; what is left of its chain is no LayerNormalization of its own
+        failures: dict[int, MatchFailure] = {}
+        for node in reversed(c.graph.clean().find("Add", "Mul", "Div")):  # the longest form of a chain ends last
+            bound = match(LAYERNORM, node.outputs[0])
+            if bound is None or id(bound["mean_square"]) in recovered:
+                continue
+            try:
+                _rewrite(c.graph, node, bound, width_of(bound, ("mean", "mean_square")))
+                recovered.add(id(bound["mean_square"]))
+            except MatchFailure as failure:
+                failures[id(bound["mean_square"])] = MatchFailure(failure.reason, node.name)
+        self._note(c, [failure for key, failure in failures.items() if key not in recovered])
         c.graph.clean()
-        return changes
+        return len(recovered)
+
+    def _note(self, c: Compilation, failures: list[MatchFailure]) -> None:
+        """Say why a chain, or a division of x - mean(x) that is almost one, is no LayerNormalization."""
+        for node in c.graph.clean().find("Div", "Mul"):
+            if (
+                match(_centered, node.inputs[0]) is not None
+                and (miss := nearest_miss(_normal, node.outputs[0], 1 if node.op == "Div" else 2)) is not None
+            ):
+                failures.append(MatchFailure(miss.reason, node.name))
+        for failure in failures:
+            self.note(c, failure.where, f"not a LayerNormalization: {failure.reason}")
 
 
-def _over_last_axis(bound: Bindings) -> bool:
-    width = value(bound["gamma"]).size
-    x: Tensor = bound["x"]
-    last = len(x.shape) - 1 if x.shape else -1
-    return (
-        all(_axes(bound[name]) in ([-1], [last]) and bound[name].attrs.get("keepdims", 1) for name in ("mean", "mean_square"))
-        and (x.shape is None or not isinstance(x.shape[-1], int) or x.shape[-1] == width)
-        and value(bound["beta"]).size == width
-        and value(bound["gamma"]).shape[-1:] == (width,)
-        and scalar(bound["epsilon"]) is not None
+def _rewrite(graph: Graph, node: Node, bound: Bindings, width: int) -> None:
+    gamma, beta = (
+        graph.constant(f"{node.name}/{n}", parameter(bound, n, width, default)) for n, default in (("gamma", 1.0), ("beta", 0.0))
     )
-
-
-def _axes(mean: Node) -> list[int]:
-    if len(mean.inputs) > 1:
-        return [int(a) for a in value(mean.inputs[1]).reshape(-1)] if is_constant(mean.inputs[1]) else []
-    return [int(a) for a in mean.attrs.get("axes", [])]
-
-
-def _rewrite(graph: Graph, node: Node, bound: Bindings) -> None:
-    gamma, beta = (graph.constant(f"{node.name}/{n}", value(bound[n]).reshape(-1).astype(np.float32)) for n in ("gamma", "beta"))
     epsilon = scalar(bound["epsilon"])
     output = graph.insert(
         "LayerNormalization", [bound["x"], gamma, beta], name=f"{node.name}/layernorm", like=node.outputs[0], axis=-1, epsilon=epsilon

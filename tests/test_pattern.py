@@ -5,7 +5,7 @@ import pytest
 
 from tests.builders import graph_of
 from vitq_compiler.graph import Graph
-from vitq_compiler.pattern import Operation, Pattern, const, either, factors, interior, match, op, var
+from vitq_compiler.pattern import Operation, Pattern, const, either, factors, interior, match, nearest_miss, op, var
 
 
 def expression(text: str, **weights: float | np.ndarray) -> Graph:
@@ -126,3 +126,13 @@ def test_interior() -> None:
     assert interior([neg], graph.tensor("b"))
     assert interior([relu, neg, add], graph.tensor("y"))
     assert not interior([relu, neg], graph.tensor("b")), "the Add reads a"
+
+
+def test_the_nearest_miss_is_the_farthest_up() -> None:
+    graph = graph_of("g (float[2] x) => (float[2] y) { a = Exp(x) b = Sqrt(a) y = Neg(b) }")
+    pattern = either(op.Neg(op.Relu(var("x"))), op.Neg(op.Sqrt(op.Abs(var("x")))))
+    miss = nearest_miss(pattern, graph.tensor("y"))
+    assert miss is not None
+    assert (miss.reason, miss.where) == ("Exp Exp_0 stands where Abs is looked for", "Exp_0")
+    assert nearest_miss(pattern, graph.tensor("y"), depth=3) is None
+    assert nearest_miss(op.Neg(op.Sqrt(var("x"))), graph.tensor("y")) is None

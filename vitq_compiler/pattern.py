@@ -36,10 +36,32 @@ class MatchFailure(Exception):
         self.where = where
 
 
+@dataclass
+class Trace:
+    """Where a match failed farthest up from the tensor it began at: the nearest miss.
+
+    Attributes:
+        level: how many nodes lie between that tensor and where the match is now.
+        reached: the level of ``failure``.
+        failure: what differs there.
+    """
+
+    level: int = 0
+    reached: int = -1
+    failure: MatchFailure | None = None
+
+    def miss(self, tensor: Tensor, wanted: str) -> None:
+        """Remember a failure at ``tensor``, if none was farther up."""
+        if self.level > self.reached:
+            node = producer(tensor)
+            there = f"{node.op} {node.name}" if node else "a constant" if is_constant(tensor) else f"the input {tensor.name}"
+            self.reached, self.failure = self.level, MatchFailure(f"{there} stands where {wanted} is looked for", node.name if node else "")
+
+
 class Pattern:
     """Base of all patterns."""
 
-    def bind(self, tensor: Tensor, bound: Bindings) -> Iterator[Bindings]:
+    def bind(self, tensor: Tensor, bound: Bindings, trace: Trace) -> Iterator[Bindings]:
         raise NotImplementedError
 
 
@@ -49,11 +71,13 @@ class Variable(Pattern):
 
     name: str
 
-    def bind(self, tensor: Tensor, bound: Bindings) -> Iterator[Bindings]:
+    def bind(self, tensor: Tensor, bound: Bindings, trace: Trace) -> Iterator[Bindings]:
         if self.name not in bound:
             yield {**bound, self.name: tensor}
         elif bound[self.name] is tensor:
             yield bound
+        else:
+            trace.miss(tensor, f"{bound[self.name].name} again")
 
 
 @dataclass(frozen=True)
@@ -63,13 +87,14 @@ class Constant(Pattern):
     name: str = ""
     equals: float | None = None
 
-    def bind(self, tensor: Tensor, bound: Bindings) -> Iterator[Bindings]:
+    def bind(self, tensor: Tensor, bound: Bindings, trace: Trace) -> Iterator[Bindings]:
+        number = scalar(tensor) if self.equals is not None else None
         if not is_constant(tensor):
+            trace.miss(tensor, "a constant" if self.equals is None else f"the number {self.equals:g}")
             return
-        if self.equals is not None:
-            number = scalar(tensor)
-            if number is None or not np.isclose(number, self.equals, rtol=1e-4):
-                return
+        if self.equals is not None and (number is None or not np.isclose(number, self.equals, rtol=1e-4)):
+            trace.miss(tensor, f"the number {self.equals:g}")
+            return
         yield {**bound, self.name: tensor} if self.name else bound
 
 
@@ -79,9 +104,11 @@ class Either(Pattern):
 
     variants: tuple[Pattern, ...]
 
-    def bind(self, tensor: Tensor, bound: Bindings) -> Iterator[Bindings]:
+    def bind(self, tensor: Tensor, bound: Bindings, trace: Trace) -> Iterator[Bindings]:
         for variant in self.variants:
-            yield from variant.bind(tensor, bound)
+            for found in variant.bind(tensor, bound, trace):
+                trace = Trace()  # what fails after a match is no miss
+                yield found
 
 
 @dataclass(frozen=True)
@@ -96,23 +123,28 @@ class Operation(Pattern):
         """The same, with the node bound to ``name``."""
         return Operation(self.kind, self.inputs, name)
 
-    def bind(self, tensor: Tensor, bound: Bindings) -> Iterator[Bindings]:
+    def bind(self, tensor: Tensor, bound: Bindings, trace: Trace) -> Iterator[Bindings]:
         node = producer(tensor)
         if node is None or node.op != self.kind or len(node.inputs) < len(self.inputs):
+            trace.miss(tensor, self.kind)
             return
         orders = [list(node.inputs)]
         if self.kind in COMMUTATIVE:
             orders.append([node.inputs[1], node.inputs[0]])
         for order in orders:
-            for found in self._inputs(order, 0, bound):
+            for found in self._inputs(order, 0, bound, trace):
                 yield {**found, self.name: node} if self.name else found
 
-    def _inputs(self, order: list[Tensor], index: int, bound: Bindings) -> Iterator[Bindings]:
+    def _inputs(self, order: list[Tensor], index: int, bound: Bindings, trace: Trace) -> Iterator[Bindings]:
         if index == len(self.inputs):
             yield bound
             return
-        for found in self.inputs[index].bind(order[index], bound):
-            yield from self._inputs(order, index + 1, found)
+        trace.level += 1
+        for found in self.inputs[index].bind(order[index], bound, trace):
+            trace.level -= 1
+            yield from self._inputs(order, index + 1, found, trace)
+            trace.level += 1
+        trace.level -= 1
 
 
 class _Operations:
@@ -142,7 +174,17 @@ def either(*variants: Pattern) -> Either:
 
 def match(pattern: Pattern, tensor: Tensor) -> Bindings | None:
     """What the names of ``pattern`` stand for where it computes ``tensor``; None where it does not."""
-    return next(pattern.bind(tensor, {}), None)
+    return next(pattern.bind(tensor, {}, Trace()), None)
+
+
+def nearest_miss(pattern: Pattern, tensor: Tensor, depth: int = 0) -> MatchFailure | None:
+    """What differs where ``pattern`` is almost what computes ``tensor``.
+
+    None where it matches, and where it already fails less than ``depth`` nodes up: that is no near miss.
+    """
+    trace = Trace()
+    found = next(pattern.bind(tensor, {}, trace), None)
+    return trace.failure if found is None and trace.reached >= depth else None
 
 
 def factors(tensor: Tensor) -> tuple[float, list[Tensor]]:

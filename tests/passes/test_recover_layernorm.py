@@ -122,11 +122,6 @@ def test_the_text_is_recovered_as_it_stands() -> None:
         {"root": "Pow(e, third_root)"},
         {"root": "Identity(e)"},
         {"epsilon": np.full(4, 1e-5, np.float32)},
-        {"gamma": np.ones((4, 4), np.float32)},
-        {"gamma": np.ones((4, 1), np.float32), "beta": np.ones((4, 1), np.float32)},
-        {"gamma": np.array(2, np.float32), "beta": np.array(2, np.float32)},
-        {"gamma": np.array([2], np.float32), "beta": np.array([2], np.float32)},
-        {"beta": np.ones((4, 4), np.float32)},
         {"keep": 0},
     ],
     ids=str,
@@ -137,6 +132,73 @@ def test_what_is_something_else_stays(choices: dict[str, object]) -> None:
     c = compilation(graph)
     assert recovered(c) == 0
     assert sorted(ops(c.graph)) == sorted(before)
+    assert {n.reason.partition(":")[0] for n in c.notes} == {"not a LayerNormalization"}, "why is told"
+
+
+@pytest.mark.parametrize(
+    ("choices", "left"),
+    [
+        ({"gamma": np.ones((4, 4), np.float32)}, ["Mul", "Add"]),
+        ({"gamma": np.ones((4, 1), np.float32), "beta": np.ones((4, 1), np.float32)}, ["Mul", "Add"]),
+        ({"gamma": np.array(2, np.float32), "beta": np.array(2, np.float32)}, ["Mul", "Add"]),
+        ({"gamma": np.array([2], np.float32)}, ["Mul", "Add"]),
+        ({"beta": np.ones((4, 4), np.float32)}, ["Add"]),
+    ],
+    ids=str,
+)
+def test_parameters_that_are_not_per_channel_stay_behind_it(choices: dict[str, object], left: list[str]) -> None:
+    c = compilation(written(**choices))
+    assert recovered(c) == 1
+    assert ops(c.graph) == ["LayerNormalization", *left]
+    assert not c.notes
+
+
+MEAN = "v = ReduceMean(s, last) e = Add(v, epsilon)"
+SUM = "t = ReduceSum(s, last) v = Div(t, four) e = Add(v, epsilon)"
+AFFINE = "g1 = Mul(n, gamma) y = Add(g1, beta)"
+FORMS = {
+    "no beta": f"{MEAN} r = Sqrt(e) n = Div(d, r) y = Mul(n, gamma)",
+    "no parameters": f"{MEAN} r = Sqrt(e) y = Div(d, r)",
+    "no gamma": f"{MEAN} r = Sqrt(e) n = Div(d, r) y = Add(n, beta)",
+    "negative power": f"{MEAN} r = Pow(e, minus_half) n = Mul(d, r) {AFFINE}",
+    "one over root": f"{MEAN} q = Sqrt(e) r = Div(one, q) n = Mul(d, r) {AFFINE}",
+    "sum over width": f"{SUM} r = Sqrt(e) n = Div(d, r) {AFFINE}",
+    "sum times": f"{SUM.replace('Div(t, four)', 'Mul(t, quarter)')} r = Sqrt(e) n = Div(d, r) {AFFINE}",
+    "slope first": f"{MEAN} q = Sqrt(e) r = Reciprocal(q) k = Mul(r, gamma) n = Mul(d, k) y = Add(n, beta)",
+    "gamma first": f"{MEAN} r = Pow(e, minus_half) k = Mul(gamma, d) n = Mul(k, r) y = Add(beta, n)",
+    "tensorflow": f"{MEAN} q = Sqrt(e) r = Reciprocal(q) k = Mul(r, gamma) a = Mul(x, k) o = Mul(m, k) b = Sub(beta, o) y = Add(a, b)",
+}
+FORM_NUMBERS = {"epsilon": 1e-5, "minus_half": -0.5, "one": 1, "four": 4, "quarter": 0.25, "three": 3}
+
+
+def form(text: str) -> Compilation:
+    full = f"g (float[B, 4, 4] x) => (float[B, 4, 4] y) {{ m = ReduceMean(x, last) d = Sub(x, m) s = Mul(d, d) {text} }}"
+    weights = {n: np.array(v, np.float32) for n, v in FORM_NUMBERS.items()}
+    return compilation(graph_of(full, last=np.array([-1]), gamma=GAMMA, beta=BETA, **weights))
+
+
+@pytest.mark.parametrize("text", FORMS.values(), ids=FORMS)
+def test_every_form(text: str) -> None:
+    c = form(text)
+    assert recovered(c) == 1
+    assert ops(c.graph) == ["LayerNormalization"]
+    gamma, beta = map(value, c.graph.nodes[0].inputs[1:])
+    np.testing.assert_array_equal(gamma, GAMMA if "gamma" in text else np.ones(4))
+    np.testing.assert_array_equal(beta, BETA if "beta" in text else np.zeros(4))
+
+
+def test_an_unbiased_variance_is_refused_with_its_divisor() -> None:
+    c = form(FORMS["sum over width"].replace("four", "three"))
+    assert recovered(c) == 0
+    assert "a sum over 4 channels is divided by 3.0" in c.notes[0].reason
+
+
+def test_the_nearest_miss_is_told() -> None:
+    c = form(f"{MEAN.replace('Mean', 'Max')} r = Sqrt(e) n = Div(d, r) {AFFINE}")
+    assert changes_of(c, "recover-layernorm") == 0
+    assert [(n.where, n.reason) for n in c.notes] == [
+        ("Div_6", "not a LayerNormalization: ReduceMax ReduceMax_3 stands where ReduceMean is looked for")
+    ]
 
 
 def test_computed_parameters_are_left_alone() -> None:
@@ -149,7 +211,8 @@ def test_computed_parameters_are_left_alone() -> None:
             beta=BETA,
         )
     )
-    assert recovered(c) == 0
+    assert recovered(c) == 1
+    assert ops(c.graph) == ["LayerNormalization", "Mul", "Add"]
 
 
 def test_intermediate_results_that_are_read_elsewhere_stay() -> None:
