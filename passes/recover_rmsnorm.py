@@ -38,9 +38,8 @@ class RecoverRmsnorm(Pass):
                 recovered.add(id(bound["mean_square"]))
             except MatchFailure as failure:
                 failures[id(bound["mean_square"])] = MatchFailure(failure.reason, node.name)
-        for key, failure in failures.items():
-            if key not in recovered:
-                self.note(c, failure.where, f"not an RMSNormalization: {failure.reason}")
+        for missed in [failure for key, failure in failures.items() if key not in recovered]:
+            self.note(c, missed.where, f"not an RMSNormalization: {missed.reason}")
         c.graph.clean()
         return len(recovered)
 
