@@ -17,7 +17,7 @@ from vitq_compiler.cli import PROGRAM, main
         (["--recipe"], "w", ["w8a8", "works.toml"]),
         (["--recipe"], "folder/", ["folder/"]),
         (["--target"], "onnx", ["onnxruntime"]),
-        (["--dump-after"], "recover", ["recover-gelu", "recover-layernorm"]),
+        (["--dump-after"], "recover", ["recover-gelu", "recover-layernorm", "recover-rmsnorm"]),
         (["--passes"], "canonicalize,recover-g", ["canonicalize,recover-gelu"]),
         ([], "--min", ["--min-sqnr", "--min-agreement"]),
     ],

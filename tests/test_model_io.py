@@ -14,7 +14,7 @@ from onnx import helper, numpy_helper, parser
 from tests.builders import DIALECTS, Sizes, difference, feed_of, model_of, run_model, variant, vit, with_text
 from vitq_compiler import model_io
 from vitq_compiler.errors import ModelError, OutputError, VitqError
-from vitq_compiler.model_io import check_output, convert_opset, file_bytes, read_model, write_model, write_text
+from vitq_compiler.model_io import check_output, convert_opset, file_bytes, opset_of, read_model, write_model, write_text
 
 TINY = "g (float[B, 4] x) => (float[B, 4] y) { y = MatMul(x, w) }"
 IDENTITY = np.eye(4, dtype=np.float32)
@@ -168,8 +168,26 @@ def test_no_opset(tmp_path: Path) -> None:
 
 def test_an_operator_of_another_domain(tmp_path: Path) -> None:
     model = tiny()
-    model.graph.node.append(helper.make_node("FusedMatMul", ["x", "w"], ["z"], "fused", domain="com.microsoft"))
-    refused_model(tmp_path, model, r"operator com\.microsoft\.FusedMatMul \(node fused\) is not standard ONNX")
+    model.graph.node.append(helper.make_node("Fused", ["x", "w"], ["z"], "fused", domain="com.example"))
+    refused_model(tmp_path, model, r"operator com\.example\.Fused \(node fused\) is not standard ONNX; export without it")
+
+
+@pytest.mark.parametrize("domain", ["com.microsoft", "com.microsoft.nchwc"])
+def test_a_fused_operator_that_cannot_be_taken_apart(tmp_path: Path, domain: str) -> None:
+    model = tiny()
+    model.graph.node.append(helper.make_node("ReorderInput", ["x"], ["z"], "fused", domain=domain))
+    refused_model(tmp_path, model, "is not standard ONNX; give the model as it was before onnxruntime's optimizer")
+
+
+def test_fused_operators_in_the_standard_domain_are_adopted(tmp_path: Path) -> None:
+    text = """g (float[B, 4] x) => (float[B, 4] y) { a = LayerNormalization(x, w, w) y = SimplifiedLayerNormalization(a, w) }"""
+    for opset, domains in ((14, ["com.microsoft", "com.microsoft"]), (17, ["", "com.microsoft"])):
+        model = parser.parse_model(f'<ir_version: 8, opset_import: ["" : {opset}]> {text}')
+        model.graph.initializer.append(numpy_helper.from_array(np.ones(4, np.float32), "w"))
+        onnx.save(model, tmp_path / "m.onnx")
+        read = read_model(tmp_path / "m.onnx")
+        assert [node.domain for node in read.graph.node] == domains
+        assert opset_of(convert_opset(read, 23, tmp_path)) == 23
 
 
 def test_an_operator_that_does_not_exist(tmp_path: Path) -> None:
@@ -196,13 +214,6 @@ def test_an_already_quantized_model(tmp_path: Path, kind: str, domain: str) -> N
     refused_model(tmp_path, model, rf"already quantized \({kind} node q\); give the float32 model")
 
 
-@pytest.mark.parametrize(("kind", "name"), [(onnx.TensorProto.FLOAT16, "float16"), (onnx.TensorProto.BFLOAT16, "bfloat16")])
-def test_half_precision_weights(tmp_path: Path, kind: int, name: str) -> None:
-    model = tiny()
-    model.graph.initializer.append(helper.make_tensor("half", kind, [2], [1.0, 2.0]))
-    refused_model(tmp_path, model, rf"weights are {name} \(half\); export the float32 model")
-
-
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
 def test_weights_that_are_not_finite(tmp_path: Path, bad: float) -> None:
     weight = IDENTITY.copy()
@@ -223,7 +234,7 @@ def test_control_flow(tmp_path: Path) -> None:
     }"""
     model = model_of(text)
     model.graph.node[0].name = "branch"
-    refused_model(tmp_path, model, r"control flow \(If node branch\) is not supported")
+    refused_model(tmp_path, model, r"control flow \(If node branch\) is not supported: its condition is computed")
 
 
 def test_local_functions_are_inlined(tmp_path: Path) -> None:

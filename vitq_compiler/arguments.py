@@ -20,9 +20,9 @@ from vitq_compiler import registry
 
 HELP = """Compile a vision transformer exported to ONNX into an int8 graph.
 
-MODEL is a float32 ONNX file; it is never changed. Its Linear layers and patch embedding become integer, and what came out is
-measured against the float model on pictures that calibration did not see: accuracy, latency, and how many layers the runtime
-really computes on integers.
+MODEL is an ONNX file in float32, float16 or bfloat16; it is never changed. Its Linear layers and patch embedding become
+integer, and what came out is measured against the float model on pictures that calibration did not see: accuracy, latency,
+and how many layers the runtime really computes on integers.
 """
 EPILOG = """\b
 Examples:

@@ -20,6 +20,7 @@ from vitq_compiler.errors import ModelError, RecipeError
 from vitq_compiler.graph import Graph
 from vitq_compiler.model_io import check_output, convert_opset, file_bytes, make_work_folder, read_model, write_model
 from vitq_compiler.pipeline import Compilation
+from vitq_compiler.precision import half_type, narrow, widen
 from vitq_compiler.preprocess import resolve
 from vitq_compiler.progress import Progress, silent
 from vitq_compiler.quant import Edge
@@ -54,7 +55,7 @@ def compile(
     work_dir: Path | None = None,
     progress: Progress = silent,
 ) -> CompileReport:
-    """Compile a float32 vision transformer into an integer graph and validate it.
+    """Compile a vision transformer into an integer graph and validate it.
 
     Args:
         model: the ONNX file; never changed.
@@ -100,8 +101,14 @@ def compile(
         check_output(path, model)
 
     progress("reading", 0, 1)
-    graph = Graph.from_proto(convert_opset(read_model(model), chosen.opset, model))
+    source = read_model(model)
+    half = half_type(source)
+    boundary = widen(source)
+    graph = Graph.from_proto(convert_opset(source, chosen.opset, model))
+    del source
     graph.ir_version = chosen.ir_version
+    # What everything is held against. Rounding to half precision would drown what the passes are checked for.
+    floating: Path | Graph = graph.snapshot() if half else model
     data = open_data(
         calibration,
         graph.inputs,
@@ -115,7 +122,7 @@ def compile(
     progress("reading", 1, 1)
 
     feed = _probe_batch(graph, data)
-    parity = Parity(feed, runtime.run(runtime.session(model, threads=threads), feed, graph.output_names), threads)
+    parity = Parity(feed, runtime.run(runtime.session(floating, threads=threads), feed, graph.output_names), threads)
     dump = Dump(dump_after, lambda name, proto: write_model(proto, dumps[name]))
     try:
         results = pipeline.run(c, (parity, Structure(), dump))
@@ -124,11 +131,13 @@ def compile(
     parity.check()
 
     integer = c.graph.to_proto()
-    verdict, kernel_of = _judge(model, integer, c, parity)
+    if half:
+        floating = _restore(model, integer, boundary, half, floating, c)
+    verdict, kernel_of = _judge(floating, file_bytes(model), integer, c, parity)
     gates = _measure_gates(verdict, min_sqnr, min_agreement)
     written = output if output_on_failure or all(gate.passed for gate in gates) else None
     if written is not None:
-        write_model(integer, written)
+        write_model(narrow(integer, boundary) if half == "bfloat16" else integer, written)
     return CompileReport(
         version=version("vitq-compiler"),
         model=str(model),
@@ -160,7 +169,21 @@ def _first(graph: Graph, feed: runtime.Feed, samples: int) -> runtime.Feed:
     return feed if fixed else {name: array[:samples] for name, array in feed.items()}
 
 
-def _judge(model: Path, integer: onnx.ModelProto, c: Compilation, parity: Parity) -> tuple[Validation, dict[str, str]]:
+def _restore(
+    model: Path, integer: onnx.ModelProto, boundary: dict[str, int], half: str, floating: Path | Graph, c: Compilation
+) -> Path | Graph:
+    """Give inputs and outputs their half precision back; returns what the result is compared with."""
+    c.warnings.append(f"the model is {half}: compiled from its weights in float32, between {half} inputs and outputs")
+    if half == "bfloat16":
+        c.warnings.append("onnxruntime cannot run bfloat16 on the CPU: compared with the model in float32, without its casts")
+        return floating
+    narrow(integer, boundary)
+    return model
+
+
+def _judge(
+    floating: Path | Graph, float_bytes: int, integer: onnx.ModelProto, c: Compilation, parity: Parity
+) -> tuple[Validation, dict[str, str]]:
     """The runtime's verdict, and the kernel that reads each weight."""
     edges = c.annotations.block_edges if parity.floating is not None else {}
     blocks = validation.compare_blocks(parity.floating or c.graph, c.graph, edges, parity.feed, c.threads)
@@ -177,7 +200,7 @@ def _judge(model: Path, integer: onnx.ModelProto, c: Compilation, parity: Parity
     for index, threads in enumerate(sorted({every, 1}, reverse=True)):
         with tempfile.TemporaryDirectory() as folder:
             path = Path(folder) / "optimized.onnx"
-            pair = runtime.session(model, threads=threads), runtime.session(integer, threads=threads, optimized_path=path)
+            pair = runtime.session(floating, threads=threads), runtime.session(integer, threads=threads, optimized_path=path)
             if index == 0:
                 kernel_of = validation.kernels(onnx.load(path, load_external_data=False))
                 outputs = validation.compare_outputs(*pair, unseen, count, c.annotations.class_outputs, c.progress)
@@ -185,7 +208,7 @@ def _judge(model: Path, integer: onnx.ModelProto, c: Compilation, parity: Parity
         latency.insert(0, validation.time_pair(*pair, one, threads))
         del pair
     c.progress("timing", 2, 2)
-    return Validation(f"onnxruntime {ort.__version__}", outputs, blocks, tuple(latency), file_bytes(model), integer.ByteSize()), kernel_of
+    return Validation(f"onnxruntime {ort.__version__}", outputs, blocks, tuple(latency), float_bytes, integer.ByteSize()), kernel_of
 
 
 def _measure_gates(verdict: Validation, min_sqnr: float | None, min_agreement: float | None) -> tuple[GateRow, ...]:

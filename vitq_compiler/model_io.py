@@ -11,8 +11,11 @@ import numpy as np
 import onnx
 from onnx import TensorProto, helper, inliner, version_converter
 
+from vitq_compiler.branches import inline_branches
+from vitq_compiler.contrib import DOMAIN, UNFUSE
 from vitq_compiler.errors import ModelError, OutputError
 from vitq_compiler.graph import LARGE, to_array
+from vitq_compiler.precision import HALF
 from vitq_compiler.runtime import PROTOBUF_LIMIT, first_line
 
 OLDEST_OPSET = 11
@@ -23,19 +26,24 @@ QUANTIZED_OPS = frozenset(
     }
 )
 WEIGHTED_OPS = frozenset({"MatMul", "Gemm", "Conv", "LayerNormalization", "BatchNormalization"})
-HALF_TYPES = {TensorProto.FLOAT16: "float16", TensorProto.BFLOAT16: "bfloat16"}
+STANDARD_DOMAINS = ("", "ai.onnx")
 
 
 def read_model(path: Path) -> onnx.ModelProto:
-    """Read and check a float32 ONNX model, local functions inlined.
+    """Read and check an ONNX model in float; local functions and branches that are always taken are inlined.
 
     Raises:
-        ModelError: the file is missing, not ONNX, incomplete, already quantized, half precision, of an unknown opset or
-            operator domain, uses control flow, or holds weights that are not finite.
+        ModelError: the file is missing, not ONNX, incomplete, already quantized, of an unknown opset or operator domain, uses
+            control flow, or holds weights that are not finite.
     """
     model = parse_model(path)
     if model.functions:
         model = inliner.inline_local_functions(model)
+    try:
+        inline_branches(model.graph)
+    except ModelError as error:
+        raise ModelError(f"model {path}: {error}") from None
+    adopt_contrib_ops(model)
     check_model(model, path)
     weights = {t.name for t in model.graph.initializer}
     inputs = [i for i in model.graph.input if i.name not in weights]  # until IR version 3 every weight was an input too
@@ -83,6 +91,25 @@ def open_model(path: Path) -> onnx.ModelProto:
     return model
 
 
+def adopt_contrib_ops(model: onnx.ModelProto) -> None:
+    """Move what onnxruntime's optimizers write into the standard domain, though it is not standard there, to their own."""
+    adopted = False
+    for node in model.graph.node:
+        if node.domain in STANDARD_DOMAINS and node.op_type in UNFUSE and not _is_standard(node.op_type, opset_of(model)):
+            node.domain, adopted = DOMAIN, True
+    if adopted and not any(o.domain == DOMAIN for o in model.opset_import):
+        model.opset_import.append(helper.make_opsetid(DOMAIN, 1))
+
+
+def opset_of(model: onnx.ModelProto) -> int:
+    """Version of the standard operators; 0 where the model does not say."""
+    return next((o.version for o in model.opset_import if o.domain in STANDARD_DOMAINS), 0)
+
+
+def _is_standard(op: str, opset: int) -> bool:
+    return bool(onnx.defs.has(op)) and min(s.since_version for s in onnx.defs.get_all_schemas_with_history() if s.name == op) <= opset
+
+
 def check_model(model: onnx.ModelProto, path: Path) -> None:
     """Refuse what the compiler cannot take, with the reason; see `read_model`."""
     graph = model.graph
@@ -90,29 +117,27 @@ def check_model(model: onnx.ModelProto, path: Path) -> None:
     inputs = [i for i in graph.input if i.name not in weights]
     if not inputs:
         raise ModelError(f"model {path}: has no inputs, so there is nothing to calibrate; export it with its image input")
-    version = next((o.version for o in model.opset_import if o.domain in ("", "ai.onnx")), 0)
+    version = opset_of(model)
     newest = onnx.defs.onnx_opset_version()
     if not OLDEST_OPSET <= version <= newest:
         raise ModelError(f"model {path}: opset {version} is not supported, export with opset {OLDEST_OPSET} to {newest}")
     for node in graph.node:
         if node.op_type in QUANTIZED_OPS:
             raise ModelError(f"model {path}: already quantized ({node.op_type} node {node.name or '?'}); give the float32 model")
-        if node.domain not in ("", "ai.onnx"):
+        if node.domain not in STANDARD_DOMAINS:
+            if node.domain == DOMAIN and node.op_type in UNFUSE:
+                continue
+            advice = "give the model as it was before onnxruntime's optimizer" if node.domain.startswith(DOMAIN) else "export without it"
             raise ModelError(
-                f"model {path}: operator {node.domain}.{node.op_type} (node {node.name or '?'}) is not standard ONNX; export without it"
+                f"model {path}: operator {node.domain}.{node.op_type} (node {node.name or '?'}) is not standard ONNX; {advice}"
             )
-        if any(a.HasField("g") for a in node.attribute):
-            raise ModelError(f"model {path}: control flow ({node.op_type} node {node.name or '?'}) is not supported; export a traced model")
         if not onnx.defs.has(node.op_type):
             raise ModelError(
                 f"model {path}: operator {node.op_type} (node {node.name or '?'}) is not in ONNX; export with standard operators"
             )
-    half = next((t for t in graph.initializer if t.data_type in HALF_TYPES), None)
-    if half is not None:
-        raise ModelError(f"model {path}: weights are {HALF_TYPES[half.data_type]} ({half.name}); export the float32 model")
     weighted = {name for n in graph.node if n.op_type in WEIGHTED_OPS for name in n.input}
     for tensor in graph.initializer:
-        if tensor.data_type in (TensorProto.FLOAT, TensorProto.DOUBLE):
+        if tensor.data_type in (TensorProto.FLOAT, TensorProto.DOUBLE, *HALF):
             values = to_array(tensor)
             if np.isnan(values).any() or (tensor.name in weighted and not np.isfinite(values).all()):
                 raise ModelError(f"model {path}: weight {tensor.name} holds NaN or Inf; export a healthy checkpoint")
@@ -124,7 +149,7 @@ def convert_opset(model: onnx.ModelProto, opset: int, path: Path) -> onnx.ModelP
     Raises:
         ModelError: an operator has no conversion.
     """
-    version = next(o.version for o in model.opset_import if o.domain in ("", "ai.onnx"))
+    version = opset_of(model)
     if version >= opset:
         return model
     scopes = {n.name: list(n.metadata_props) for n in model.graph.node if n.name}

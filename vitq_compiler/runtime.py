@@ -63,9 +63,15 @@ def session(
 def run(runtime: ort.InferenceSession, feed: Feed, outputs: Sequence[str] | None = None) -> list[Array]:
     """Run once; raises TargetError with the runtime's first line where it fails."""
     try:
-        return runtime.run(list(outputs) if outputs is not None else None, feed)  # type: ignore[no-any-return]
+        return runtime.run(list(outputs) if outputs is not None else None, narrowed(runtime, feed))  # type: ignore[no-any-return]
     except Exception as error:
         raise TargetError(f"onnxruntime {ort.__version__} cannot run the graph: {first_line(error)}") from error
+
+
+def narrowed(runtime: ort.InferenceSession, feed: Feed) -> Feed:
+    """``feed`` with float16 numbers for the inputs that take them."""
+    half = {i.name for i in runtime.get_inputs() if i.type == "tensor(float16)"}
+    return {name: array.astype(np.float16) if name in half and array.dtype == np.float32 else array for name, array in feed.items()}
 
 
 def probe(graph: Graph, tensors: Iterable[str], feeds: Sequence[Feed], *, threads: int = 0) -> list[dict[str, Array]]:

@@ -15,7 +15,7 @@ from vitq_compiler.graph import Array, Graph
 from vitq_compiler.progress import Progress
 from vitq_compiler.quant import Edge
 from vitq_compiler.report import BlockRow, LatencyRow, OutputRow
-from vitq_compiler.runtime import Feed, run, session
+from vitq_compiler.runtime import Feed, narrowed, run, session
 
 ROUNDS = 15
 SECONDS_PER_SETTING = 0.35  # timing stops after this, with at least three rounds
@@ -74,15 +74,16 @@ def compare_blocks(floating: Graph, integer: Graph, edges: dict[str, Edge], feed
 def time_pair(floating: ort.InferenceSession, integer: ort.InferenceSession, feed: Feed, threads: int) -> LatencyRow:
     """Median latency of both, in turn A B B A, and the median of the paired ratios."""
     rounds: list[tuple[float, float]] = []
+    feeds = {id(runtime): narrowed(runtime, feed) for runtime in (floating, integer)}
     for runtime in (floating, integer):
-        run(runtime, feed)
+        run(runtime, feeds[id(runtime)])
     began = time.perf_counter()
     while len(rounds) < ROUNDS and (len(rounds) < 3 or time.perf_counter() - began < SECONDS_PER_SETTING):
         order = (floating, integer) if len(rounds) % 2 == 0 else (integer, floating)
         seconds = {}
         for runtime in order:
             start = time.perf_counter()
-            run(runtime, feed)
+            run(runtime, feeds[id(runtime)])
             seconds[id(runtime)] = time.perf_counter() - start
         rounds.append((seconds[id(floating)], seconds[id(integer)]))
     a, b = np.array(rounds).T

@@ -136,7 +136,6 @@ MODELS: dict[str, tuple[Callable[[Path], object], str, str]] = {
     "opset too old": (with_opset(7), "opset 7 is not supported", "export with opset 11 to"),
     "custom operator": (edited(with_custom_op), "operator com.vendor.FusedThing", "export without it"),
     "already quantized": (edited(quantized), "already quantized (QuantizeLinear node q)", "give the float32 model"),
-    "float16": (edited(lambda model: change_weight(model, lambda a: a.astype(np.float16))), "float16 (weight_", "export the float32 model"),
     "NaN": (poisoned(np.nan), "holds NaN or Inf", "export a healthy checkpoint"),
     "Inf": (poisoned(-np.inf), "holds NaN or Inf", "export a healthy checkpoint"),
     "mlp": (MLP, "no transformer block found", "give a vision transformer"),

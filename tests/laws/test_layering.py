@@ -23,7 +23,7 @@ LAYERS = (
     ("prefix",),
     ("blocks", "targets"),
     ("calibration", "data", "lint", "moments", "qdq", "rounding", "target", "views", "weight_scales"),
-    ("builtin_images", "model_io", "pattern", "pipeline", "registry"),
+    ("branches", "builtin_images", "contrib", "model_io", "pattern", "pipeline", "precision", "registry"),
     ("runtime",),
     ("arrays", "graph", "metrics", "orthogonal", "preprocess", "progress", "quant"),
     ("errors", "recipes", "text"),

@@ -1,0 +1,52 @@
+"""What ONNX Runtime's optimizers have fused -> the standard operators it was fused from.
+
+    com.microsoft.Attention(x, W, b)   ->   Split(MatMul(x, W) + b), softmax(scale q k^T + mask) v
+    com.microsoft.BiasGelu(x, b)       ->   Gelu(x + b)                     and so on; see `vitq_compiler.contrib`
+
+Only then are the Linear layers inside visible. What cannot be taken apart is refused.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from vitq_compiler.contrib import DOMAIN, UNFUSE, unfuse
+from vitq_compiler.errors import ModelError
+from vitq_compiler.graph import is_constant
+from vitq_compiler.pattern import MatchFailure
+from vitq_compiler.pipeline import Compilation, Pass
+from vitq_compiler.runtime import probe, probe_feed
+
+SHAPED = frozenset({"FusedMatMul", "Attention", "MultiHeadAttention"})  # need the shapes of their inputs
+
+
+@dataclass(frozen=True)
+class UnfuseContribOps(Pass):
+    """com.microsoft.Attention, SkipLayerNormalization, BiasGelu, ... -> standard operators"""
+
+    name = "unfuse-contrib-ops"
+    exact = True
+
+    def run(self, c: Compilation) -> int:
+        nodes = [node for node in c.graph.nodes if node.domain == DOMAIN and node.op in UNFUSE]
+        shapes = _shapes(c, [t.name for n in nodes if n.op in SHAPED for t in n.inputs if t.name and not is_constant(t)])
+        for node in nodes:
+            try:
+                unfuse(c.graph, node, shapes)
+            except MatchFailure as failure:
+                raise ModelError(
+                    f"operator {DOMAIN}.{node.op} (node {node.name}) is fused and cannot be taken apart: {failure.reason}; "
+                    "give the model as it was before onnxruntime's optimizer"
+                ) from None
+        c.graph.clean()
+        return len(nodes)
+
+
+def _shapes(c: Compilation, names: list[str]) -> dict[str, tuple[int, ...]]:
+    """Shapes of tensors, which ONNX shape inference does not find behind fused operators."""
+    known = {name: tuple(c.graph.tensor(name).shape or ()) for name in names}
+    open_names = [n for n, shape in known.items() if not shape or not isinstance(shape[-1], int)]
+    if open_names:
+        values = probe(c.graph, open_names, [probe_feed(c.graph.inputs, 2)], threads=c.threads)[0]
+        known.update({name: values[name].shape for name in open_names})
+    return known
