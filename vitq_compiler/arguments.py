@@ -130,12 +130,13 @@ MODEL = click.Argument(["model"], metavar="MODEL.onnx", type=PATH, required=Fals
 OPTIONS = [
     Option(OUTPUT, "-o", "--output", type=PATH, metavar="OUT.onnx", help="The integer graph.  [default: MODEL_int8.onnx beside the model]"),
     Option(OUTPUT, "--report", type=PATH, metavar="FILE.json", help="Write all that is known of the compile; - is standard output."),
+    Option(OUTPUT, "--inspect", **FLAG, help="Print the blocks found and what would become integer, and stop; --report then writes that."),
     Option(
         OUTPUT,
         "--explain",
         metavar="REGEX",
         callback=checked(regex_fault),
-        help="Say why each layer whose node, module, block or role matches is quantized or not.",
+        help="Say of each node whose name, operator, module, block or role matches what became of it, and why it is integer or not.",
     ),
     Option(OUTPUT, "-q", "--quiet", **FLAG, help="Print only errors, missed gates, and what is asked for by name."),
     Option(OUTPUT, "-v", "--verbose", **FLAG, help="Print every pass, layer and note too, and the traceback of a bug."),

@@ -128,6 +128,8 @@ def _main(**given: Any) -> int:
     if given["check"]:
         return _check(given)
     output: Path = given["output"] or _default_output(given["model"])
+    if given["inspect"]:
+        return _inspect(given, output)
     _check_report(given["report"], output, given["model"])
     return _compile(given, output)
 
@@ -182,6 +184,24 @@ def _compile(given: dict[str, Any], output: Path) -> int:
         lines = explain(report, given["explain"])
         click.echo("\n".join(map(printable, lines if given["quiet"] else ["", *lines])), err=json_only)
     return _judge(report, output)
+
+
+def _inspect(given: dict[str, Any], output: Path) -> int:
+    from vitq_compiler.inspection import inspect
+    from vitq_compiler.model_io import write_text
+    from vitq_compiler.terminal import console_for, show_structure
+
+    _check_report(given["report"], output, given["model"])
+    same = ("recipe", "bits", "definition", "target", "exclude", "threads")
+    structure = inspect(given["model"], **{name: given[name] for name in same})
+    if given["report"] == STDOUT:
+        click.echo(structure.to_json(), nl=False)
+        return OK
+    if given["report"]:
+        write_text(structure.to_json(), given["report"])
+    if not given["quiet"]:
+        show_structure(structure, console_for(sys.stdout), 2 if given["verbose"] else 1)
+    return OK
 
 
 def _check(given: dict[str, Any]) -> int:

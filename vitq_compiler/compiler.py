@@ -23,6 +23,7 @@ from vitq_compiler.pipeline import Compilation
 from vitq_compiler.precision import half_type, narrow, widen
 from vitq_compiler.preprocess import resolve
 from vitq_compiler.progress import Progress, silent
+from vitq_compiler.provenance import Provenance
 from vitq_compiler.quant import Edge
 from vitq_compiler.recipe import load_recipe
 from vitq_compiler.report import CompileReport, DataRow, GateRow, LatencyRow, LinearRow, NoteRow, OutputRow, PassRow, Validation
@@ -124,8 +125,9 @@ def compile(
     feed = _probe_batch(graph, data)
     parity = Parity(feed, runtime.run(runtime.session(floating, threads=threads), feed, graph.output_names), threads)
     dump = Dump(dump_after, lambda name, proto: write_model(proto, dumps[name]))
+    provenance = Provenance()
     try:
-        results = pipeline.run(c, (parity, Structure(), dump))
+        results = pipeline.run(c, (parity, Structure(), dump, provenance))
     except ModelError as error:
         raise ModelError(f"model {model}: {error}") from error  # a pass knows the graph, not the file
     parity.check()
@@ -155,6 +157,7 @@ def compile(
         validation=verdict,
         gates=gates,
         warnings=(*data.warnings, *c.warnings),
+        nodes=provenance.rows(c),
     )
 
 

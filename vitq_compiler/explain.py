@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from vitq_compiler.errors import RecipeError
 
 if TYPE_CHECKING:
-    from vitq_compiler.report import CompileReport, LinearRow, NoteRow
+    from vitq_compiler.report import CompileReport, LinearRow, NodeRow, NoteRow
 
 
 def explain(report: CompileReport, pattern: str) -> list[str]:
@@ -16,8 +16,8 @@ def explain(report: CompileReport, pattern: str) -> list[str]:
 
     Args:
         report: a finished compile.
-        pattern: regular expression; searched for in the node name, scope, block and role of every Linear, and in the place
-            of every note.
+        pattern: regular expression; searched for in the node name, scope, block and role of every Linear, in the name,
+            operator, scope and block of every other node of the input model, and in the place of every note.
 
     Returns:
         One line each. Where nothing is found, the blocks and roles there are.
@@ -27,13 +27,19 @@ def explain(report: CompileReport, pattern: str) -> list[str]:
     """
     regex = read_pattern(pattern)
     linears = [(row, fields) for row in report.linears if (fields := _matching_fields(regex, row))]
-    known = {row.name for row, _ in linears}
+    known = {row.name for row in report.linears}
+    nodes = [row for row in report.nodes if row.name not in known and any(map(regex.search, (row.name, row.op, row.scope, row.block)))]
+    known |= {row.name for row in nodes}
     notes = [note for note in report.notes if note.where not in known and regex.search(note.where)]
-    if not linears and not notes:
+    if not (linears or nodes or notes):
         return _nothing(report, pattern)
-    lines = [f"{pattern!r} finds {_count(len(linears), 'Linear layer')}" + (f" and {_count(len(notes), 'other place')}" if notes else "")]
+    counts = [(len(linears), "Linear layer"), (len(nodes), "other node"), (len(notes), "other place")]
+    found = [_count(number, thing) for number, thing in counts if number or thing == "Linear layer"]
+    lines = [f"{pattern!r} finds {' and '.join(found)}"]
     for row, fields in linears:
         lines += _about(row, fields, [note for note in report.notes if note.where == row.name])
+    for node in nodes:
+        lines += _about_node(node, [note for note in report.notes if note.where == node.name])
     lines += [f"{note.where}: {note.stage} says: {note.reason}" for note in notes]
     return lines
 
@@ -71,11 +77,20 @@ def _about(row: LinearRow, fields: list[str], notes: list[NoteRow]) -> list[str]
     return lines
 
 
+def _about_node(row: NodeRow, notes: list[NoteRow]) -> list[str]:
+    origin = f", from {row.scope}" if row.scope else ""
+    lines = [f"{row.name}: {row.op}{f' of {row.block}' if row.block else ''}{origin}"]
+    lines += [f"  {step}" for step in row.history]
+    lines += [f"  {row.state}"] if row.state else []
+    lines += [f"  {note.stage} says: {note.reason}" for note in notes if note.reason not in row.state]
+    return lines
+
+
 def _nothing(report: CompileReport, pattern: str) -> list[str]:
     blocks = dict.fromkeys([row.block for row in report.linears if row.block] + [row.name for row in report.validation.blocks])
     roles = dict.fromkeys(row.role for row in report.linears)
     return [
-        f"{pattern!r} finds nothing: no node name, scope, block or role of a Linear layer, and no note",
+        f"{pattern!r} finds nothing: no name, scope, block, role or operator of a node, and no note",
         f"  the blocks are: {', '.join(blocks) or 'none'}",
         f"  the roles are: {', '.join(roles) or 'none'}",
     ]

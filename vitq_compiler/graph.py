@@ -138,6 +138,10 @@ class Graph:
         """The tensor of that name; KeyError where there is none."""
         return self._gs.tensors()[name]
 
+    def constants(self) -> list[Tensor]:
+        """All initializers, each once."""
+        return [t for t in self._gs.tensors().values() if isinstance(t, gs.Constant)]
+
     def is_input(self, tensor: Tensor) -> bool:
         """Whether ``tensor`` is a graph input."""
         return any(tensor is t for t in self._gs.inputs)

@@ -55,6 +55,25 @@ class NoteRow:
 
 
 @dataclass(frozen=True)
+class NodeRow:
+    """What became of one node of the input model.
+
+    Attributes:
+        name, op, scope: the node, its operator, and the module it came from.
+        block: the block it belongs to, or the role of the layer it is a part of.
+        history: what the passes made of it, one sentence each.
+        state: how the result computes what stands in its place, and why; empty where nothing does.
+    """
+
+    name: str
+    op: str
+    scope: str
+    block: str
+    history: tuple[str, ...]
+    state: str
+
+
+@dataclass(frozen=True)
 class DataRow:
     """What the compiler saw: source of the samples, preprocessing and why, counts, and files that could not be read."""
 
@@ -153,6 +172,7 @@ class CompileReport:
     validation: Validation
     gates: tuple[GateRow, ...]
     warnings: tuple[str, ...]
+    nodes: tuple[NodeRow, ...] = ()
 
     @property
     def quantized(self) -> int:

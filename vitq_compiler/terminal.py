@@ -24,11 +24,13 @@ from vitq_compiler.progress import silent
 from vitq_compiler.text import printable
 
 if TYPE_CHECKING:
+    from vitq_compiler.inspection import Structure
     from vitq_compiler.progress import Progress
     from vitq_compiler.report import CompileReport, GateRow, LatencyRow, LinearRow
 
 LOG_COLUMNS = 100
 FIRST_NAMES = 5  # shown of a list unless all are asked for
+FIRST_NOTES = 10
 SHORT_CELL = 16
 LOG_SECONDS = 5.0
 LOG_FRACTION = 0.1
@@ -73,6 +75,37 @@ def show(report: CompileReport, console: Console, verbosity: int = 1, time_passe
         _show_passes(report, console)
     if verbosity:
         _say(console, [(f"warning: {warning}", "yellow") for warning in report.warnings])
+
+
+def show_structure(structure: Structure, console: Console, verbosity: int = 1) -> None:
+    """Print what `inspection.inspect` found: a row per block, the totals, and what was almost recognized."""
+    console.print(_text(structure.model, "bold"), soft_wrap=True)
+    rows = [
+        (
+            block.name,
+            block.scope or "-",
+            ", ".join(block.roles),
+            " x ".join(map(str, block.shape)),
+            _millions(block.parameters),
+            _millions(block.macs),
+            f"{block.quantized} of {block.layers}",
+        )
+        for block in structure.blocks
+    ]
+    _table(console, ("Block", "module", "roles", "output", "M params", "M MACs", "integer"), rows, words=(0, 1, 2))
+    share = structure.quantized_macs / structure.macs if structure.macs else 0.0
+    facts = [
+        (f"{_millions(structure.parameters)} M parameters, {_millions(structure.macs)} M MACs a sample", ""),
+        (f"recipe {structure.recipe} for {structure.target} makes {_percent(share, 1)} of the MACs integer", ""),
+    ]
+    reasons = dict.fromkeys(f"{row.role}: {row.reason}" for row in structure.layers if row.reason)
+    _say(console, [*facts, *((f"not integer, {reason}", "") for reason in reasons)])
+    notes = structure.notes if verbosity > 1 else structure.notes[:FIRST_NOTES]
+    more = len(structure.notes) - len(notes)
+    _say(
+        console,
+        [(f"{n.where}: {n.stage} says: {n.reason}", "yellow") for n in notes] + ([(f"and {more} more (-v shows all)", "")] if more else []),
+    )
 
 
 def gate_line(gate: GateRow) -> str:
@@ -276,6 +309,10 @@ def _decibels(value: float) -> str:
 
 def _percent(value: float, digits: int = 2) -> str:
     return "undefined" if math.isnan(value) else f"{value * 100:.{digits}f} %"
+
+
+def _millions(count: int) -> str:
+    return f"{count / 1e6:.3f}" if count < 1e6 else f"{count / 1e6:.1f}"
 
 
 def _size(count: int) -> str:

@@ -9,18 +9,21 @@ ELEMENTWISE = frozenset({"Add", "Sub", "Mul", "Div", "Cast", "Identity", "Transp
 
 def find_patch_embeddings(graph: Graph) -> list[Node]:
     """Conv nodes without overlap that read a graph input, directly or through elementwise preprocessing."""
-    return [n for n in graph.find("Conv") if _is_patchify(n) and _reads_input(graph, n.inputs[0])]
+    return [n for n in graph.find("Conv") if not patchify_fault(graph, n)]
 
 
-def _is_patchify(node: Node) -> bool:
-    if not is_constant(node.inputs[1]) or node.attrs.get("group", 1) != 1:
-        return False
-    kernel = list(node.inputs[1].shape[2:])
-    return (
-        list(node.attrs.get("strides", [])) == kernel
-        and not any(node.attrs.get("pads", []))
-        and set(node.attrs.get("dilations", [])) <= {1}
-    )
+def patchify_fault(graph: Graph, node: Node) -> str:
+    """Why a Conv is no patch embedding; empty where it is one."""
+    if not is_constant(node.inputs[1]):
+        return "its weight is computed"
+    kernel, strides = list(node.inputs[1].shape[2:]), list(node.attrs.get("strides", []))
+    if node.attrs.get("group", 1) != 1:
+        return f"a convolution in {node.attrs['group']} groups is no patch embedding"
+    if strides != kernel:
+        return f"its stride {strides or 1} differs from its kernel {kernel}: its patches overlap or leave gaps"
+    if any(node.attrs.get("pads", [])) or not set(node.attrs.get("dilations", [])) <= {1}:
+        return "its patches are padded or dilated"
+    return "" if _reads_input(graph, node.inputs[0]) else "it does not read the image, so it is no patch embedding"
 
 
 def _reads_input(graph: Graph, tensor: Tensor) -> bool:
