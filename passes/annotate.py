@@ -10,6 +10,7 @@ import re
 from dataclasses import dataclass
 
 from vitq_compiler.annotations import understand
+from vitq_compiler.blocks.attention import Attention
 from vitq_compiler.errors import ModelError
 from vitq_compiler.graph import Node
 from vitq_compiler.pipeline import Compilation, Fact, Pass
@@ -38,8 +39,7 @@ class Annotate(Pass):
         for node in c.annotations.patch_embeddings:
             self._specify(c, node, "patch_embed")
         for attention in c.annotations.attentions:
-            if not self._kept(c, attention.softmax):
-                c.specs.update({attention.edges[operand]: spec for operand, spec in c.recipe.attention_specs().items()})
+            self._specify_products(c, attention)
         for computed in c.annotations.computed_attentions if c.recipe.attention else ():
             self.note(c, computed.softmax.name, f"operands of its products stay in float: {computed.reason}")
         if not c.specs:
@@ -52,8 +52,19 @@ class Annotate(Pass):
         if role in c.recipe.float_roles:
             self.note(c, node.name, f"role {role} stays in float in recipe {c.recipe.name}")
         else:
-            c.specs[Edge(node.name, 0)] = c.recipe.activation_spec(role)
+            c.specs[Edge(node.name, 0)] = c.target.fit(c.recipe.activation_spec(role))
             c.specs[Edge(node.name, 1)] = c.recipe.weight_spec(role)
+
+    def _specify_products(self, c: Compilation, attention: Attention) -> None:
+        """Operands of the attention products: all that the recipe names, or none."""
+        specs = c.recipe.attention_specs()
+        if not specs or self._kept(c, attention.softmax):
+            return
+        tokens, head_dim = attention.scores.outputs[0].shape[-1], len(attention.q.columns) // attention.heads
+        if fault := c.target.attention_fault(head_dim, tokens if isinstance(tokens, int) else 0):
+            self.note(c, attention.softmax.name, f"attention stays in float: {fault}")
+            return
+        c.specs.update({attention.edges[operand]: c.target.fit(spec) for operand, spec in specs.items()})
 
     def _kept(self, c: Compilation, node: Node) -> bool:
         """Whether the user keeps ``node`` in float; if so it is noted."""

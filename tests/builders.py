@@ -123,8 +123,9 @@ class Batches:
 def compilation(graph: Graph | onnx.ModelProto, *, recipe: Recipe | None = None, target: Target | None = None) -> Compilation:
     """What a pass receives: the w8a8 recipe, the onnxruntime target, random data, one thread."""
     if isinstance(graph, onnx.ModelProto):
-        graph = Graph.from_proto(convert_opset(graph, OPSET, None))  # type: ignore[arg-type]  # the path is for messages only
-        graph.ir_version = IR_VERSION
+        opset, version = (target.opset, target.ir_version) if target else (OPSET, IR_VERSION)
+        graph = Graph.from_proto(convert_opset(graph, opset, None))  # type: ignore[arg-type]  # the path is for messages only
+        graph.ir_version = version
     data: Any = Batches(graph.inputs)
     return Compilation(graph, recipe or load_recipe("w8a8"), target or Onnxruntime(), data, threads=1)
 

@@ -25,6 +25,8 @@ DEFAULTS = {
     "bits": None,
     "definition": None,
     "target": "onnxruntime",
+    "target_options": None,
+    "attention": None,
     "calibration": None,
     "samples": 32,
     "batch_size": 8,

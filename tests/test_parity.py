@@ -31,6 +31,7 @@ from vitq_compiler.catalog import FRONT, pipeline_for
 from vitq_compiler.recipe import load_recipe
 from vitq_compiler.registry import names
 from vitq_compiler.targets.onnxruntime import Onnxruntime
+from vitq_compiler.targets.tensorrt import Tensorrt
 
 TOLERANCE = 1e-5
 WHOLE = [p.name for p in pipeline_for(load_recipe("w8a8"), Onnxruntime()).passes]
@@ -43,6 +44,7 @@ REWRITES = (
     "center-values",
     "equalize-heads",
 )
+FOR_TENSORRT = [p.name for p in pipeline_for(load_recipe("w8a8"), Tensorrt()).passes]
 EXACT = [name for name in names("passes") if find_pass(name).exact]
 
 sizes = st.builds(
@@ -111,6 +113,28 @@ def test_every_exact_pass_keeps_the_outputs(size: Sizes, dialect: Dialect) -> No
     assert np.isfinite(run_model(c.graph, feed)[0]).all()
 
 
+@settings(max_examples=25)
+@given(sizes, dialects, st.sampled_from(["8.6", "10"]))
+def test_every_exact_pass_keeps_the_outputs_for_tensorrt(size: Sizes, dialect: Dialect, version: str) -> None:
+    model = vit(size, dialect)
+    feed = feed_of(model)
+    target = Tensorrt(version)
+    c = compilation(model, target=target)
+    reference = run_model(model, feed)
+    for name in (p.name for p in pipeline_for(load_recipe("w8a8"), target).passes):
+        changes = changes_of(c, name)
+        if find_pass(name).exact:
+            assert difference(reference, run_model(c.graph, feed)) <= TOLERANCE, name
+        if name in ("stack-heads", "equalize-hidden"):
+            assert changes == size.depth
+    onnx.checker.check_model(c.graph.to_proto(), full_check=True)
+    assert [w for w in c.warnings if not w.startswith(("S15", "S16"))] == []  # products and patches are tiny here
+    assert c.graph.opset == (17 if version == "8.6" else 20)
+    (logits,) = run_model(c.graph, feed)
+    assert logits.dtype == np.float32
+    assert np.isfinite(logits).all()
+
+
 @settings(max_examples=12)
 @given(sizes, dialects)
 def test_the_front_is_idempotent(size: Sizes, dialect: Dialect) -> None:
@@ -126,7 +150,7 @@ def test_the_front_is_idempotent(size: Sizes, dialect: Dialect) -> None:
 
 
 def test_every_exact_pass_is_covered() -> None:
-    assert set(EXACT) <= {*WHOLE, *REWRITES}, "those outside the default pipeline have a property of their own"
+    assert set(EXACT) <= {*WHOLE, *FOR_TENSORRT, *REWRITES}, "those outside the default pipelines have a property of their own"
 
 
 @pytest.mark.parametrize("weights", ["fc1", "qkv"])

@@ -189,6 +189,18 @@ OPTIONS = [
     ),
     Option(
         WHAT,
+        "--attention",
+        type=click.Choice(["float", "int8"]),
+        help="What the operands of the attention products become.  [default: the recipe's choice, float]",
+    ),
+    Option(
+        WHAT,
+        "--float-type",
+        type=click.Choice(["fp32", "fp16", "bf16"]),
+        help="For target tensorrt: what is not quantized.  [default: fp16, for 8.6 fp32]",
+    ),
+    Option(
+        WHAT,
         "--exclude",
         multiple=True,
         metavar="REGEX",
@@ -199,9 +211,7 @@ OPTIONS = [
         WHAT,
         "--trt-version",
         type=click.Choice(["8.6", "10", "11"]),
-        default="10",
-        **SHOWN,
-        help="Version of TensorRT, for that target.",
+        help="For target tensorrt: its version.  [default: 10]",
     ),
     Option(
         WHAT,
@@ -209,7 +219,7 @@ OPTIONS = [
         type=float,
         metavar="X.Y",
         callback=checked(number_fault),
-        help="Of the GPU, such as 8.9; what depends on it is left open without.",
+        help="For target tensorrt: of the GPU, such as 8.9; what depends on it is left open without.",
     ),
     Option(WHAT, "--threads", type=NATURAL, default=0, show_default="0: all cores", metavar="N", help="Threads of the runtime."),
     Option(

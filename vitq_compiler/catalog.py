@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Mapping
+from dataclasses import fields, is_dataclass
 from typing import Any
 
 from vitq_compiler.errors import RecipeError
@@ -29,20 +32,27 @@ def pipeline_for(recipe: Recipe, target: Target, passes: str | None = None) -> P
     Raises:
         RecipeError: ``passes`` cannot be read, or a pass does not find what it needs.
     """
-    text = passes if passes is not None else ",".join((FRONT, target.rewrites, recipe.passes, target.lowering))
-    return Pipeline.parse(text, find_pass)
+    if passes is None:
+        chosen = recipe.passes
+        for name, others in target.replaces.items():
+            chosen = re.sub(rf"(?<![\w-]){name}(\{{[^}}]*\}})?(?![\w-])", others, chosen)
+        passes = ",".join(name for text in (FRONT, target.rewrites, chosen, target.lowering) for name in text.split(",") if name)
+    return Pipeline.parse(passes, find_pass)
 
 
-def load_target(name: str) -> Target:
-    """A target by name.
+def load_target(name: str, options: Mapping[str, Any] | None = None) -> Target:
+    """A target by name, with those of its fields that ``options`` names.
 
     Raises:
-        RecipeError: there is none of that name.
+        RecipeError: there is none of that name, or it has no such option, or not of that value.
     """
     if name not in list_targets():
         raise RecipeError(f"target {name!r} is unknown: known are {', '.join(list_targets())}")
-    found: Target = load("targets", name)()
-    return found
+    kind: type[Target] = load("targets", name)
+    known: set[str] = {f.name for f in fields(kind)} if is_dataclass(kind) else set()
+    if unknown := [option for option in options or {} if option not in known]:
+        raise RecipeError(f"target {name} has no option {unknown[0].replace('_', ' ')}: leave it out, or give another target")
+    return kind(**(options or {}))
 
 
 def list_targets() -> tuple[str, ...]:

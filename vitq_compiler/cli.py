@@ -29,7 +29,10 @@ STDOUT = Path("-")
 
 # The options that `compile` takes under the same name.
 SAME_NAMES: tuple[str, ...] = ("recipe", "bits", "definition", "target", "calibration", "samples", "batch_size", "preprocess")
-SAME_NAMES += ("exclude", "passes", "min_sqnr", "min_agreement", "dump_after", "seed", "threads", "device", "work_dir")
+SAME_NAMES += ("attention", "exclude", "passes", "min_sqnr", "min_agreement", "dump_after", "seed", "threads", "device", "work_dir")
+
+# Those that are fields of a target.
+TARGET_OPTIONS = {"trt_version": "version", "float_type": "float_type", "compute_capability": "compute_capability"}
 
 
 class _Command(click.Command):
@@ -145,10 +148,14 @@ def _listing(given: dict[str, Any]) -> list[str] | None:
         return list(catalog.list_targets())
     if given["print_pipeline"]:
         recipe = load_recipe(given["recipe"])
-        return [str(catalog.pipeline_for(recipe, catalog.load_target(given["target"]), given["passes"]))]
+        return [str(catalog.pipeline_for(recipe, catalog.load_target(given["target"], _target_options(given)), given["passes"]))]
     rows = catalog.list_passes() if given["list_passes"] else catalog.list_recipes()
     width = max(len(name) for name, _ in rows)
     return [f"{name:{width}}  {text}" for name, text in rows]
+
+
+def _target_options(given: dict[str, Any]) -> dict[str, Any]:
+    return {field: given[name] for name, field in TARGET_OPTIONS.items() if given[name] is not None}
 
 
 def _check_report(report: Path | None, output: Path, model: Path) -> None:
@@ -174,7 +181,15 @@ def _compile(given: dict[str, Any], output: Path) -> int:
     verbosity = 0 if given["quiet"] else 2 if given["verbose"] else 1
     with progress_on(console_for(sys.stderr), verbosity > 0) as progress:
         same = {name: given[name] for name in SAME_NAMES}
-        report = compiler.compile(given["model"], output, **same, output_on_failure=not given["no_output_on_failure"], progress=progress)
+        options = _target_options(given)
+        report = compiler.compile(
+            given["model"],
+            output,
+            **same,
+            target_options=options or None,
+            output_on_failure=not given["no_output_on_failure"],
+            progress=progress,
+        )
     if json_only:
         click.echo(report.to_json(), nl=False)
     elif given["report"]:
@@ -208,7 +223,9 @@ def _check(given: dict[str, Any]) -> int:
     from vitq_compiler.check import check
     from vitq_compiler.lint.report import FORMATS
 
-    report = check(given["model"], given["target"], **{name: given[name] for name in ("trt_version", "compute_capability")})
+    report = check(
+        given["model"], given["target"], trt_version=given["trt_version"] or "10", compute_capability=given["compute_capability"]
+    )
     click.echo(FORMATS[given["format"]](report, bool(given["verbose"])), nl=False)
     return OK if report.passed else GATE_MISSED
 

@@ -5,10 +5,11 @@ from __future__ import annotations
 import os
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from importlib.metadata import version
 from math import isnan, nan
 from pathlib import Path
+from typing import Any
 
 import onnx
 import onnxruntime as ort
@@ -40,6 +41,8 @@ def compile(
     bits: str | None = None,
     definition: str | None = None,
     target: str = "onnxruntime",
+    target_options: Mapping[str, Any] | None = None,
+    attention: str | None = None,
     calibration: Path | None = None,
     samples: int = 32,
     batch_size: int = 8,
@@ -65,6 +68,8 @@ def compile(
         bits: of weights and activations, such as ``w4a4``, instead of the recipe's.
         definition: ``strict`` or ``deploy``, see `Recipe.definition`, instead of the recipe's.
         target: name of a target.
+        target_options: its fields, such as ``version`` and ``float_type`` of tensorrt.
+        attention: what the operands of the attention products become, ``float`` or ``int8``, instead of the recipe's choice.
         calibration: folder of images, ``.npz`` or ``.npy``; None takes built-in images.
         samples: number of calibration samples.
         batch_size: samples per run, where the model leaves it open.
@@ -89,8 +94,8 @@ def compile(
     """
     began = time.perf_counter()
     model, output = Path(model), Path(output) if output is not None else None
-    plan = load_recipe(recipe).with_bits(bits).defined(definition).excluding(tuple(exclude))
-    chosen = load_target(target)
+    plan = load_recipe(recipe).with_bits(bits).defined(definition).with_attention(attention).excluding(tuple(exclude))
+    chosen = load_target(target, target_options)
     pipeline = pipeline_for(plan, chosen, passes)
     if missing := [name for name in dump_after if name not in {p.name for p in pipeline.passes}]:
         raise RecipeError(f"cannot dump after {missing[0]}: the pipeline has no such pass; see --print-pipeline")
@@ -158,6 +163,7 @@ def compile(
         gates=gates,
         warnings=(*data.warnings, *c.warnings),
         nodes=provenance.rows(c),
+        command=chosen.command(written, graph.inputs) if written else "",
     )
 
 
@@ -189,7 +195,7 @@ def _judge(
 ) -> tuple[Validation, dict[str, str]]:
     """The runtime's verdict, and the kernel that reads each weight."""
     edges = c.annotations.block_edges if parity.floating is not None else {}
-    blocks = validation.compare_blocks(parity.floating or c.graph, c.graph, edges, parity.feed, c.threads)
+    blocks = validation.compare_blocks(parity.floating or c.graph, c.runnable or c.graph, edges, parity.feed, c.threads)
     parity.floating = None  # its weights are not needed again
     unseen, count = c.data.validation(), c.data.validation_count
     if not count:
@@ -200,13 +206,17 @@ def _judge(
     latency: list[LatencyRow] = []
     kernel_of: dict[str, str] = {}
     every = c.threads or os.cpu_count() or 1
-    for index, threads in enumerate(sorted({every, 1}, reverse=True)):
+    runnable = c.runnable.to_proto() if c.runnable is not None else integer
+    for index, threads in enumerate(sorted({every, 1}, reverse=True) if c.target.runs_here else [every]):
         with tempfile.TemporaryDirectory() as folder:
             path = Path(folder) / "optimized.onnx"
-            pair = runtime.session(floating, threads=threads), runtime.session(integer, threads=threads, optimized_path=path)
+            pair = runtime.session(floating, threads=threads), runtime.session(runnable, threads=threads, optimized_path=path)
             if index == 0:
                 kernel_of = validation.kernels(onnx.load(path, load_external_data=False))
                 outputs = validation.compare_outputs(*pair, unseen, count, c.annotations.class_outputs, c.progress)
+        if not c.target.runs_here:
+            kernel_of = c.target.kernels(c.graph)
+            break
         c.progress("timing", index, 2)
         latency.insert(0, validation.time_pair(*pair, one, threads))
         del pair

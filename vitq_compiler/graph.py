@@ -98,6 +98,12 @@ class Graph:
         """Version of the standard operators."""
         return int(self._gs.opset)
 
+    @opset.setter
+    def opset(self, version: int) -> None:
+        self._gs.opset = version
+        others = [d for d in self._gs.import_domains or () if d.domain not in ("", "ai.onnx")]
+        self._gs.import_domains = [helper.make_opsetid("", version), *others]  # a list of its own: snapshots share the old one
+
     @property
     def nodes(self) -> list[Node]:
         """All nodes; after `clean`, in topological order."""

@@ -69,6 +69,7 @@ class Compilation:
     rounding: dict[Edge, Array] = field(default_factory=dict)  # weight edge -> its codes, where they are not the nearest ones
     reference: Graph | None = None  # the float graph, kept by the first pass that fits weights to it
     codes: dict[Edge, str] = field(default_factory=dict)  # weight edge -> the initializer of its codes, set by insert-qdq
+    runnable: Graph | None = None  # what onnxruntime can run in place of the graph, where it cannot run that
     notes: list[Note] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)
     threads: int = 0

@@ -29,6 +29,8 @@ from vitq_compiler.quant import QuantSpec
 Differences = Mapping[str, Any]  # fields of a QuantSpec
 SIDES = ("weight", "activation")
 
+ATTENTION: Mapping[str, Differences] = {"float": {}, "int8": {"bits": 8}}
+
 # What published results call W4A4 differs in the ends of the network. The image is 8 bits wide to begin with.
 DEFINITIONS: Mapping[str, Mapping[str, Mapping[str, Differences]]] = {
     "strict": {"patch_embed": {"activation": {"bits": 8}}},
@@ -99,6 +101,18 @@ class Recipe:
         if found is None:
             raise RecipeError(f"bits {text!r}: write w and a with 2 to 8 each, such as w4a4 or w4a8")
         return replace(self, weight=replace(self.weight, bits=int(found[1])), activation=replace(self.activation, bits=int(found[2])))
+
+    def with_attention(self, kind: str | None) -> Recipe:
+        """The same recipe with the operands of the attention products at 8 bits (``int8``) or in ``float``; None changes nothing.
+
+        Raises:
+            RecipeError: ``kind`` is neither.
+        """
+        if kind is None:
+            return self
+        if kind not in ATTENTION:
+            raise RecipeError(f"attention {kind!r} is unknown: known are {', '.join(ATTENTION)}")
+        return replace(self, attention=dict.fromkeys(OPERANDS, ATTENTION[kind]) if ATTENTION[kind] else {})
 
     def defined(self, definition: str | None) -> Recipe:
         """The same recipe under a definition, of `DEFINITIONS`; None changes nothing. It overrules roles kept in float."""

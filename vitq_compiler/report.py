@@ -154,6 +154,7 @@ class CompileReport:
     Attributes:
         bits: of weights and activations, such as ``w4a8``.
         definition: which ends of the network got them, ``strict`` or ``deploy``; empty where the recipe says it itself.
+        command: what takes the output further, where its target needs that.
     """
 
     version: str
@@ -173,6 +174,7 @@ class CompileReport:
     gates: tuple[GateRow, ...]
     warnings: tuple[str, ...]
     nodes: tuple[NodeRow, ...] = ()
+    command: str = ""
 
     @property
     def quantized(self) -> int:

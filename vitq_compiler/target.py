@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
 
 from vitq_compiler.errors import TargetError
-from vitq_compiler.graph import Graph
+from vitq_compiler.graph import Graph, InputSpec
 from vitq_compiler.lint.model import Model
 from vitq_compiler.lint.rule import Finding, Platform, Rule, check
 
 if TYPE_CHECKING:
     from vitq_compiler.pipeline import Compilation
+    from vitq_compiler.quant import QuantSpec
 
 
 class Target(ABC):
@@ -26,6 +29,8 @@ class Target(ABC):
         rules: what a graph must satisfy, also one that another tool made; see `lint`.
         platform: the version and the GPU that the graph is for, where that matters.
         integer_kernels: op types of the runtime's optimized graph that compute on integers.
+        runs_here: whether onnxruntime on this machine is what the graph is for; only then do its kernels and timings count.
+        replaces: pass of a recipe -> the passes that take its place (or none), where another way suits the target better.
     """
 
     name: ClassVar[str]
@@ -36,6 +41,24 @@ class Target(ABC):
     rules: ClassVar[tuple[Rule, ...]]
     platform: Platform = Platform()
     integer_kernels: ClassVar[frozenset[str]]
+    runs_here: ClassVar[bool] = True
+    replaces: ClassVar[Mapping[str, str]] = {}
+
+    def fit(self, spec: QuantSpec) -> QuantSpec:
+        """What the target makes of a recipe's intent for an activation."""
+        return spec
+
+    def attention_fault(self, head_dim: int, tokens: int) -> str:
+        """Why the products of an attention block of these sizes should stay in float whatever the recipe says, or nothing."""
+        return ""
+
+    def kernels(self, graph: Graph) -> dict[str, str]:
+        """Where the target does not run here: weight codes -> the kernel that its form leads to."""
+        return {}
+
+    def command(self, path: Path, inputs: list[InputSpec]) -> str:
+        """The command that takes the written graph further, or nothing."""
+        return ""
 
     @abstractmethod
     def lower(self, c: Compilation) -> int:

@@ -175,7 +175,8 @@ def _recipe(report: CompileReport) -> str:
 def _show_summary(report: CompileReport, console: Console, verbosity: int) -> None:
     checked, data, worst = report.validation, report.data, report.validation.worst_block
     linears, before, after = len(report.linears), checked.float_bytes, checked.integer_bytes
-    kernels = f"{report.integer} of {linears} in integer kernels ({checked.runtime})"
+    where = checked.runtime if checked.latency else f"by their form, for {report.target}"
+    kernels = f"{report.integer} of {linears} in integer kernels ({where})"
     skipped = [f"{name} ({reason})" for name, reason in data.skipped]
     rows = {
         "Linear layers": f"{linears} found, {report.quantized} quantized, {kernels}",
@@ -202,6 +203,9 @@ def _show_summary(report: CompileReport, console: Console, verbosity: int) -> No
         ],
     )
     _table(console, ("Threads", "batch", "float ms", "int8 ms", "ratio", ""), [_latency(row) for row in checked.latency], words=(5,))
+    if report.command:
+        console.print()
+        console.print(_text(f"Next: {report.command}"), soft_wrap=True)  # to be copied
     _say(console, [(f"gate {gate_line(gate)}", "green" if gate.passed else "bold red") for gate in report.gates])
     _say(
         console,

@@ -64,11 +64,11 @@ def compare_blocks(floating: Graph, integer: Graph, edges: dict[str, Edge], feed
         nodes = {n.name: n for n in copy.nodes}
         tensors = [nodes[e.node].inputs[e.index] for e in edges.values()]
         for tensor in tensors:
-            tensor.dtype = np.dtype(np.float32)
+            tensor.dtype = tensor.dtype or np.dtype(np.float32)
         copy.set_outputs(tensors)
         values.append(run(session(copy, threads=threads, brief=brief), feed, [t.name for t in tensors]))
-    # a target may have flattened the tokens
-    return tuple(BlockRow(name, metrics.sqnr(a, b.reshape(a.shape))) for name, a, b in zip(edges, *values, strict=True))
+    # a target may have flattened the tokens, or narrowed the type
+    return tuple(BlockRow(name, metrics.sqnr(a, b.reshape(a.shape).astype(a.dtype))) for name, a, b in zip(edges, *values, strict=True))
 
 
 def time_pair(floating: ort.InferenceSession, integer: ort.InferenceSession, feed: Feed, threads: int) -> LatencyRow:

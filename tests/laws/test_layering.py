@@ -25,7 +25,7 @@ LAYERS = (
     ("calibration", "data", "lint", "moments", "qdq", "rounding", "target", "views", "weight_scales"),
     ("branches", "builtin_images", "contrib", "model_io", "pattern", "pipeline", "precision", "registry"),
     ("runtime",),
-    ("arrays", "graph", "metrics", "orthogonal", "preprocess", "progress", "quant"),
+    ("arrays", "graph", "judge", "metrics", "orthogonal", "preprocess", "progress", "quant"),
     ("errors", "recipes", "text"),
 )
 HEIGHT = {module: len(LAYERS) - row for row, layer in enumerate(LAYERS) for module in layer}

@@ -1,0 +1,190 @@
+"""The tensorrt target: form of a lowered block, its contract in every version, options, rules, and what it tells the user."""
+
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+
+from tests.builders import (
+    DIALECTS,
+    Dialect,
+    Sizes,
+    assert_golden,
+    compilation,
+    difference,
+    feed_of,
+    graph_of,
+    ops,
+    run_model,
+    run_passes,
+    vit,
+)
+from vitq_compiler.catalog import load_target, pipeline_for
+from vitq_compiler.compiler import compile
+from vitq_compiler.errors import RecipeError, TargetError
+from vitq_compiler.graph import InputSpec, is_constant, producer, value
+from vitq_compiler.lint.rule import INFORMATION
+from vitq_compiler.pipeline import Compilation
+from vitq_compiler.recipe import load_recipe
+from vitq_compiler.targets._older_opset import lower_opset
+from vitq_compiler.targets.tensorrt import Tensorrt
+
+SIZES = Sizes(depth=1, width=32, heads=2, hidden=48, classes=16)
+
+
+def compiled(target: Tensorrt, dialect: Dialect = Dialect(), attention: str | None = None, sizes: Sizes = SIZES) -> Compilation:  # noqa: B008
+    recipe = load_recipe("w8a8").with_attention(attention)
+    c = compilation(vit(sizes, dialect), target=target, recipe=recipe)
+    run_passes(c, str(pipeline_for(recipe, target)))
+    return c
+
+
+def test_golden() -> None:
+    assert_golden(compiled(Tensorrt()).graph, "tensorrt_block", weights=False)
+
+
+@pytest.mark.parametrize("dialect", DIALECTS.values(), ids=DIALECTS)
+@pytest.mark.parametrize(("version", "floats"), [("8.6", ""), ("10", ""), ("10", "fp32"), ("11", "fp16"), ("11", "bf16")])
+def test_the_contract(dialect: Dialect, version: str, floats: str) -> None:
+    """The rules of the format, read off the graph: see docs/tensorrt.md."""
+    target = Tensorrt(version, floats)
+    c = compiled(target, dialect)
+    onnx.checker.check_model(c.graph.to_proto(), full_check=True)
+    quantizers = c.graph.find("QuantizeLinear", "DequantizeLinear")
+    assert len(quantizers) >= 4 * 3
+    for node in quantizers:
+        _, scale, zero_point = node.inputs
+        assert is_constant(scale)
+        assert is_constant(zero_point)
+        assert value(zero_point).dtype == np.int8
+        assert not value(zero_point).any()
+        assert (value(scale).astype(np.float32) > 0).all()
+        assert np.isfinite(value(scale).astype(np.float32)).all()
+        assert value(scale).shape == value(zero_point).shape
+        floating = node.inputs[0] if node.op == "QuantizeLinear" else node.outputs[0]
+        assert value(scale).dtype == floating.dtype
+        if value(scale).ndim:
+            (reader,) = [r for t in node.outputs for r in t.outputs]
+            assert node.attrs["axis"] == {"Conv": 0, "MatMul": 1}.get(reader.op, node.attrs["axis"])
+    for node in c.graph.find("MatMul", "Conv"):
+        behind = [producer(t) for t in node.inputs[:2]]
+        assert len({p is not None and p.op == "DequantizeLinear" for p in behind}) == 1, node.name
+    weights = [n for n in c.graph.find("DequantizeLinear") if is_constant(n.inputs[0])]
+    assert bool(weights) == (version != "8.6")
+    assert c.graph.opset == (17 if version == "8.6" else 20)
+    assert bool(c.graph.find("Gelu")) == (version != "8.6")
+    assert not c.graph.find("Attention", "Gemm", "Clip")
+    assert {spec.dtype for spec in c.graph.inputs} | {t.dtype for t in c.graph.outputs} == {np.dtype(np.float32)}
+
+
+@pytest.mark.parametrize("version", ["8.6", "10"])
+def test_the_compiled_model_is_close_to_float(version: str) -> None:
+    model = vit(Sizes(depth=2, width=32, heads=2, hidden=48))
+    feed = feed_of(model, 4)
+    c = compilation(model, target=Tensorrt(version))
+    run_passes(c, str(pipeline_for(c.recipe, c.target)))
+    (y,), (reference,) = run_model(c.graph, feed), run_model(model, feed)
+    assert 10 * np.log10(np.square(reference).sum() / np.square(reference - y).sum()) > 28
+
+
+def test_weights_of_the_old_version_are_those_of_the_new() -> None:
+    old, new = compiled(Tensorrt("8.6")), compiled(Tensorrt("10", "fp32"))
+    feed = feed_of(old.graph)
+    assert difference(run_model(new.graph, feed), run_model(old.graph, feed)) <= 1e-5
+
+
+def test_attention_in_int8_is_all_or_nothing() -> None:
+    c = compiled(Tensorrt(), attention="int8")
+    (attention,) = c.annotations.attentions
+    behind = [producer(t) for node in (attention.scores, attention.context) for t in node.inputs]
+    assert [p.op for p in behind if p is not None] == ["DequantizeLinear"] * 4
+    c = compiled(Tensorrt(), attention="int8", sizes=Sizes(depth=1, width=24, heads=2, hidden=48))
+    assert not any(producer(t).op == "DequantizeLinear" for t in c.annotations.attentions[0].scores.inputs)  # type: ignore[union-attr]
+    assert [n.reason for n in c.notes if "attention stays" in n.reason] == [
+        "attention stays in float: there is no fused int8 kernel for heads of 12, only of 16, 32, 64"
+    ]
+
+
+@pytest.mark.parametrize(("tokens", "reason"), [(512, ""), (513, "there is no fused int8 kernel for 513 tokens, only up to 512")])
+def test_long_sequences_keep_attention_in_float(tokens: int, reason: str) -> None:
+    assert Tensorrt().attention_fault(64, tokens) == reason
+
+
+def test_the_report(tmp_path: Path) -> None:
+    path = tmp_path / "vit.onnx"
+    onnx.save(vit(SIZES), path)
+    report = compile(path, tmp_path / "out.onnx", target="tensorrt", threads=1, samples=4)
+    assert report.quantized == report.integer == len(report.linears) - 1
+    assert {row.kernel for row in report.linears if row.integer} == {"Int8 MatMul"}
+    assert report.validation.latency == ()
+    assert all(np.isfinite(block.sqnr_db) for block in report.validation.blocks)
+    assert report.command == (
+        f"trtexec --onnx={tmp_path / 'out.onnx'} --stronglyTyped --minShapes=image:1x3x8x8 --optShapes=image:8x3x8x8"
+        f" --maxShapes=image:32x3x8x8 --saveEngine={tmp_path / 'out.engine'}"
+    )
+
+
+@pytest.mark.parametrize(("version", "types"), [("8.6", "--int8 --fp16 "), ("10", "--stronglyTyped "), ("11", "")])
+def test_the_command_of_a_static_model(version: str, types: str) -> None:
+    fixed = [InputSpec("image", np.dtype(np.float32), (1, 3, 8, 8))]
+    assert Tensorrt(version).command(Path("a.onnx"), fixed) == f"trtexec --onnx=a.onnx {types}--saveEngine=a.engine"
+
+
+@pytest.mark.parametrize(
+    ("target", "options", "message"),
+    [
+        ("tensorrt", {"version": "9"}, "TensorRT version '9': known are 8.6, 10, 11"),
+        ("tensorrt", {"float_type": "fp64"}, "float type 'fp64': known are fp32, fp16, bf16"),
+        ("tensorrt", {"version": "8.6", "float_type": "fp16"}, "TensorRT 8.6 reads scales as float32"),
+        ("onnxruntime", {"float_type": "fp16"}, "target onnxruntime has no option float type"),
+    ],
+)
+def test_wrong_options(target: str, options: dict[str, str], message: str) -> None:
+    with pytest.raises(RecipeError, match=message):
+        load_target(target, options)
+
+
+def test_wrong_attention() -> None:
+    with pytest.raises(RecipeError, match="attention 'int4' is unknown: known are float, int8"):
+        load_recipe("w8a8").with_attention("int4")
+
+
+def test_a_pass_of_the_recipe_gives_way() -> None:
+    recipe = load_recipe("w8a8")
+    names = [p.name for p in pipeline_for(recipe, Tensorrt()).passes]
+    assert "split-outlier-channels" in recipe.passes
+    assert "split-outlier-channels" not in names
+    assert "equalize-hidden" in names
+    assert "select-tokens-early" not in names
+
+
+def test_a_compiled_model_breaks_no_rule() -> None:
+    c = compiled(Tensorrt(compute_capability=8.9), sizes=Sizes(depth=2, image=32, patch=8, width=64, heads=2, hidden=128))
+    assert c.warnings == []
+    assert [f for f in c.target.check(c.graph) if f.severity is not INFORMATION] == []
+
+
+def test_older_words() -> None:
+    graph = graph_of("g (float[2, 4] x) => (float y) { a = ReduceMean(x, axes) g = Gelu(a) y = Add(g, a) }", axes=np.array([1]))
+    feed = feed_of(graph)
+    reference = run_model(graph, feed)
+    graph.ir_version = 8
+    assert lower_opset(graph, 17) == 2
+    assert (graph.opset, ops(graph)[0]) == (17, "ReduceMean")
+    assert "Gelu" not in ops(graph)
+    assert difference(reference, run_model(graph, feed)) <= 1e-6
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("s = Shape <start = 0, end = 1> (x) y = ReduceMean(x, s)", "its axes are computed"),
+        ("y = GroupNormalization <num_groups = 1> (x, one, one)", "opset 17 has no such operator"),
+        ("y = RMSNormalization(x, one)", "opset 17 has no such operator"),
+    ],
+)
+def test_what_has_no_older_words(text: str, message: str) -> None:
+    graph = graph_of(f"g (float[2, 1, 4] x) => (float[A, B, C] y) {{ {text} }}", one=np.ones(1, np.float32))
+    with pytest.raises(TargetError, match=message):
+        lower_opset(graph, 17)

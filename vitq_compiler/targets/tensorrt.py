@@ -1,0 +1,161 @@
+"""NVIDIA TensorRT: symmetric int8 around every matrix product, half precision elsewhere, attention in the form that fuses.
+
+    x -> Q -> DQ -> MatMul(., DQ(W int8 per column)) -> Add(float bias)
+    softmax(q k^T) v on heads split from one stack, the scale of the scores in the weight of q
+
+Zero points are zero and int8, scales have the type of what they quantize, and the axis of a scale per channel is written:
+what is left out there means something else in some versions. MatMul stays on [batch, tokens, features], for a compiler that
+merges bias, GELU, LayerNormalization and the next QuantizeLinear into single kernels gains nothing by flattening.
+
+What the versions differ in: 8.6 ends at opset 17 without Gelu, wants weights in float32 before their own QuantizeLinear, and
+chooses half precision itself (scales that are not float32 it reads wrongly); 10 and 11 take types from the graph.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, ClassVar
+
+import numpy as np
+
+from vitq_compiler.errors import RecipeError
+from vitq_compiler.graph import Graph, InputSpec, Tensor, is_constant, producer, value
+from vitq_compiler.lint.rule import Platform, Rule
+from vitq_compiler.lint.tensorrt import RULES
+from vitq_compiler.quant import QuantSpec
+from vitq_compiler.target import Target
+from vitq_compiler.targets._older_opset import lower_opset
+
+if TYPE_CHECKING:
+    from vitq_compiler.pipeline import Compilation
+
+VERSIONS = ("8.6", "10", "11")
+FLOAT_TYPES = ("fp32", "fp16", "bf16")
+INT8_HEADS, INT8_TOKENS = (16, 32, 64), 512  # sizes for which a fused int8 attention kernel exists
+SMALL, USUAL, LARGE = 1, 8, 32  # batches of the optimization profile
+OLD_OPSET, OLD_IR_VERSION = 17, 8  # of TensorRT 8.6
+
+
+def _is_dequantized(tensor: Tensor) -> bool:
+    node = producer(tensor)
+    return node is not None and node.op == "DequantizeLinear"
+
+
+@dataclass(frozen=True)
+class Tensorrt(Target):
+    """TensorRT 8.6, 10 and 11.
+
+    Attributes:
+        version: of TensorRT, of `VERSIONS`.
+        float_type: of what is not quantized, of `FLOAT_TYPES`; empty for what the version does best.
+        compute_capability: of the GPU, such as 8.9; None leaves it open.
+    """
+
+    version: str = "10"
+    float_type: str = ""
+    compute_capability: float | None = None
+
+    name: ClassVar[str] = "tensorrt"
+    opset: ClassVar[int] = 20
+    ir_version: ClassVar[int] = 9
+    runs_here: ClassVar[bool] = False
+    rewrites: ClassVar[str] = "stack-heads"
+    replaces: ClassVar[Mapping[str, str]] = {
+        "select-tokens-early": "",  # leaves products of one row, for which there is no integer kernel
+        "split-outlier-channels": "equalize-hidden",  # which costs this compiler no kernel
+    }
+    integer_kernels: ClassVar[frozenset[str]] = frozenset({"Int8 MatMul", "Int8 Conv"})
+    rules: ClassVar[tuple[Rule, ...]] = RULES
+
+    def __post_init__(self) -> None:
+        if self.version not in VERSIONS:
+            raise RecipeError(f"TensorRT version {self.version!r}: known are {', '.join(VERSIONS)}")
+        if self.float_type not in ("", *FLOAT_TYPES):
+            raise RecipeError(f"float type {self.float_type!r}: known are {', '.join(FLOAT_TYPES)}")
+        if self.version == "8.6" and self.float_type not in ("", "fp32"):
+            raise RecipeError(
+                f"float type {self.float_type}: TensorRT 8.6 reads scales as float32 and chooses half precision itself; use fp32"
+            )
+
+    @property
+    def platform(self) -> Platform:  # type: ignore[override]  # one for each version
+        """What the rules are held for."""
+        return Platform(self.version, self.compute_capability)
+
+    @property
+    def narrow(self) -> str:
+        """The float type that the graph gets."""
+        return self.float_type or ("fp32" if self.version == "8.6" else "fp16")
+
+    @property
+    def lowering(self) -> str:  # type: ignore[override]  # depends on the version
+        """Passes from quantization parameters to the final graph."""
+        narrow = [] if self.narrow == "fp32" else [f"narrow-floats{{to={self.narrow}}}" if self.narrow != "fp16" else "narrow-floats"]
+        return ",".join(["insert-qdq", *narrow, "legalize"])
+
+    def fit(self, spec: QuantSpec) -> QuantSpec:
+        """Signed and symmetric."""
+        return replace(spec, signed=True, symmetric=True)
+
+    def attention_fault(self, head_dim: int, tokens: int) -> str:
+        """Why the attention products cannot be quantized in one fused kernel; empty where they can."""
+        if head_dim not in INT8_HEADS:
+            return f"there is no fused int8 kernel for heads of {head_dim}, only of {', '.join(map(str, INT8_HEADS))}"
+        return f"there is no fused int8 kernel for {tokens} tokens, only up to {INT8_TOKENS}" if tokens > INT8_TOKENS else ""
+
+    def lower(self, c: Compilation) -> int:
+        """What the version needs."""
+        if self.version != "8.6":
+            return lower_opset(c.graph, self.opset)
+        changes = _quantize_weights(c.graph) + lower_opset(c.graph, OLD_OPSET)
+        c.graph.ir_version = OLD_IR_VERSION
+        return changes
+
+    def kernels(self, graph: Graph) -> dict[str, str]:
+        """Weight codes -> the matrix product that reads them, ``Int8`` where both operands are integers."""
+        found = {}
+        for node in graph.find("MatMul", "Conv", "Gemm"):
+            codes = _codes(node.inputs[1])
+            if codes is not None:
+                found[codes.name] = f"Int8 {node.op}" if _is_dequantized(node.inputs[0]) else node.op
+        return found
+
+    def command(self, path: Path, inputs: list[InputSpec]) -> str:
+        """How to build an engine."""
+        types = {"8.6": " --int8 --fp16", "10": " --stronglyTyped", "11": ""}[self.version]
+        shapes = ""
+        if any(not (isinstance(d, int) and d > 0) for spec in inputs for d in spec.shape):
+            for name, batch in (("min", SMALL), ("opt", USUAL), ("max", LARGE)):
+                sizes = (
+                    f"{s.name}:"
+                    + "x".join(str(d if isinstance(d, int) and d > 0 else batch if i == 0 else 224) for i, d in enumerate(s.shape))
+                    for s in inputs
+                )
+                shapes += f" --{name}Shapes={','.join(sizes)}"
+        return f"trtexec --onnx={path}{types}{shapes} --saveEngine={path.with_suffix('.engine')}"
+
+
+def _codes(tensor: Tensor) -> Tensor | None:
+    """The constant behind a DequantizeLinear (and a QuantizeLinear) of a weight."""
+    node = producer(tensor)
+    while node is not None and node.op in ("DequantizeLinear", "QuantizeLinear"):
+        tensor = node.inputs[0]
+        node = producer(tensor)
+    return tensor if is_constant(tensor) else None
+
+
+def _quantize_weights(graph: Graph) -> int:
+    """Store weights as the float32 values of their codes, and let the graph quantize them."""
+    nodes = [n for n in graph.find("DequantizeLinear") if is_constant(n.inputs[0])]
+    for node in nodes:
+        codes, scale, zero_point = node.inputs
+        axis = node.attrs.get("axis")
+        spread = value(scale).reshape([-1 if i == axis else 1 for i in range(value(codes).ndim)] if value(scale).ndim else [])
+        kind = codes.dtype
+        codes.values = (value(codes).astype(np.float32) * spread).astype(np.float32)
+        quantized = graph.insert("QuantizeLinear", [codes, scale, zero_point], name=f"{codes.name}/q", axis=axis)
+        quantized.dtype, quantized.shape = kind, list(codes.shape)
+        node.inputs[0] = quantized
+    return len(nodes)
