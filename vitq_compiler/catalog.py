@@ -13,7 +13,10 @@ from vitq_compiler.recipe import Recipe, load_recipe, recipe_names
 from vitq_compiler.registry import load, names
 from vitq_compiler.target import Target
 
-FRONT = "unfuse-contrib-ops,canonicalize,recover-layernorm,recover-rmsnorm,recover-gelu,separate-linears,fold-layer-scale,annotate"
+FRONT = (
+    "unfuse-contrib-ops,canonicalize,recover-layernorm,recover-rmsnorm,recover-gelu,"
+    "separate-linears,unflatten-linears,fold-layer-scale,annotate"
+)
 
 
 def find_pass(name: str) -> type[Pass]:
