@@ -3,6 +3,10 @@
 Shapes are folded by observation. A tensor is *static* if it is computed from constants and from shapes of activations
 alone, so it can depend on the input's sizes only. Where the batch is the one size left open, the graph is run with two
 batch sizes: what did not change is a constant, what grew with the batch is written as a function of the batch.
+
+Where more sizes are open, two image sizes are run. What did not change there may still change at a third (padding to whole
+windows), so shape arithmetic is kept, but for Reshapes whose sizes are constants, those of their input, and one rest: these
+are written 0 and -1. Scale factors, which are floats, are folded too.
 """
 
 from __future__ import annotations
@@ -18,6 +22,7 @@ from vitq_compiler.pipeline import Compilation, Fact, Pass
 from vitq_compiler.runtime import probe, probe_feed
 
 BATCHES = (2, 3)
+IMAGE_SIZES = ((64, 96), (224, 448))  # pairs to observe where height and width are open; the first that the model takes
 RANDOM_OPS = frozenset({"RandomNormal", "RandomUniform", "RandomNormalLike", "RandomUniformLike", "Bernoulli", "Multinomial"})
 ELEMENTWISE = frozenset({"Add", "Sub", "Mul", "Div", "Where", "And", "Or"})
 
@@ -60,11 +65,10 @@ def fold_static(graph: Graph, threads: int, note: Callable[[str], None]) -> int:
     frontier = [
         t for n in graph.nodes if id(n) in static for t in n.outputs if graph.is_output(t) or any(id(r) not in static for r in readers(t))
     ]
-    reshapes = (
-        {} if open_sizes else {n.name: graph.insert("Shape", [n.outputs[0]], name=f"{n.name}/observed") for n in graph.find("Reshape")}
-    )
     if open_sizes:
         note(f"input sizes {sorted(set(map(str, open_sizes)))} are dynamic, so shape arithmetic is kept")
+        return fold_known(graph, frontier, threads) + fold_open_sizes(graph, threads, note)
+    reshapes = {n.name: graph.insert("Shape", [n.outputs[0]], name=f"{n.name}/observed") for n in graph.find("Reshape")}
     if not frontier and not reshapes:
         return 0
     feeds = [probe_feed(graph.inputs, batch) for batch in BATCHES]
@@ -88,6 +92,66 @@ def fold_static(graph: Graph, threads: int, note: Callable[[str], None]) -> int:
         batch = batch if batch is not None else _batch_of(graph)
         changes += _fold_batched(graph, tensor, first, second, batch)
     return changes
+
+
+def fold_known(graph: Graph, frontier: list[Tensor], threads: int) -> int:
+    """Replace what is computed from constants alone."""
+    frontier = [t for t in frontier if not graph.is_output(t)]
+    if not frontier:
+        return 0
+    values = probe(graph, [t.name for t in frontier], [probe_feed(graph.inputs, 1, IMAGE_SIZES[0][0])], threads=threads)[0]
+    return sum(graph.replace(t, graph.constant(f"{t.name}/folded", values[t.name])) for t in frontier)
+
+
+def fold_open_sizes(graph: Graph, threads: int, note: Callable[[str], None]) -> int:
+    """What two image sizes show of Reshapes and of scale factors; returns how many became constants."""
+    static = _static_nodes(graph, through_shapes=True)
+    factors = [
+        t
+        for n in graph.nodes
+        if id(n) in static
+        for t in n.outputs
+        if t.dtype == np.float32 and any(id(r) not in static for r in readers(t))
+    ]
+    nodes = graph.find("Reshape")
+    shapes = {t.name: graph.insert("Shape", [t], name=f"{t.name}/observed").name for n in nodes for t in (n.inputs[0], n.outputs[0])}
+    names = [*shapes.values(), *(t.name for t in factors)]
+    seen: list[dict[str, Array]] = []
+    for sizes in IMAGE_SIZES:
+        try:
+            feeds = [probe_feed(graph.inputs, batch, size) for batch, size in zip(BATCHES, sizes, strict=True)]
+            seen = [probe(graph, names, [feed], threads=threads)[0] for feed in feeds]
+            break
+        except TargetError as error:
+            told = str(error)
+    graph.clean()
+    if not seen:
+        note(f"image sizes {IMAGE_SIZES} do not run, so Reshapes are kept as they are: {told}")
+        return 0
+    first, second = seen
+    changes = 0
+    for node in nodes:
+        before, after = (shapes[t.name] for t in (node.inputs[0], node.outputs[0]))
+        changes += _fold_open_reshape(graph, node, (first[before], second[before]), (first[after], second[after]))
+    for tensor in factors:
+        a, b = first[tensor.name], second[tensor.name]
+        if a.size == 1 and np.array_equal(a, b):
+            changes += graph.replace(tensor, graph.constant(f"{tensor.name}/folded", a))
+    return changes
+
+
+def _fold_open_reshape(graph: Graph, node: Node, before: tuple[Array, Array], after: tuple[Array, Array]) -> int:
+    """A Reshape by what it keeps: sizes that are constants, sizes of its input (0), and one that follows from the others (-1)."""
+    first, second = after
+    target = np.where(first == second, first, -1).astype(np.int64)
+    for axis in range(min(len(first), len(before[0]))):
+        if target[axis] == -1 and all(a[axis] == b[axis] for a, b in zip(after, before, strict=True)):
+            target[axis] = 0
+    if (target == -1).sum() > 1 or (is_constant(node.inputs[1]) and np.array_equal(value(node.inputs[1]), target)):
+        return 0
+    node.inputs[1] = graph.constant(f"{node.name}/target", target)
+    node.attrs.pop("allowzero", None)
+    return 1
 
 
 def _static_nodes(graph: Graph, *, through_shapes: bool) -> set[int]:

@@ -6,6 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.builders import graph_of, run_model
+from vitq_compiler import views
 from vitq_compiler.graph import Graph
 from vitq_compiler.pattern import MatchFailure
 from vitq_compiler.views import trace
@@ -100,12 +101,19 @@ def test_the_chain_ends_at_other_operations() -> None:
 
 
 def test_an_unknown_shape_is_refused() -> None:
-    graph = graph_of("g (float[B, T, 4] x) => (float y) { y = Transpose(x) }")
+    graph = graph_of("g (float[B, S, T] x) => (float y) { y = Transpose(x) }")
     with pytest.raises(MatchFailure, match="not static apart from the batch"):
         trace(graph.tensor("y"))
     graph.tensor("x").shape = None
     with pytest.raises(MatchFailure, match="unknown"):
         trace(graph.tensor("y"))
+
+
+def test_one_more_axis_may_be_dynamic() -> None:
+    graph = graph_of("g (float[B, T, 4] x) => (float y) { y = Transpose <perm = [0, 2, 1]> (x) }")
+    view = trace(graph.tensor("y"))
+    assert view.source_shape == (BATCH, views.TOKENS, 4)
+    np.testing.assert_array_equal(view.index, np.arange(BATCH * views.TOKENS * 4).reshape(BATCH, views.TOKENS, 4).swapaxes(1, 2))
 
 
 def test_a_reshape_that_fixes_the_batch_is_refused() -> None:

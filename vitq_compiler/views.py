@@ -15,6 +15,7 @@ from vitq_compiler.graph import Node, Tensor, is_constant, producer, scalar, val
 from vitq_compiler.pattern import MatchFailure
 
 BATCH = 2  # stands for a dynamic first axis while tracing
+TOKENS = 3  # stands for another dynamic axis, which is then that of the tokens
 VIEWS = frozenset({"Reshape", "Transpose", "Squeeze", "Unsqueeze", "Flatten", "Slice", "Split", "Gather", "Identity"})
 
 
@@ -63,7 +64,7 @@ def trace(tensor: Tensor, rows: int = BATCH) -> View:
 
 
 def static_shape(tensor: Tensor, rows: int = BATCH) -> tuple[int, ...]:
-    """The shape with ``rows`` for a dynamic first axis.
+    """The shape with ``rows`` for a dynamic first axis, and `TOKENS` for dynamic tokens.
 
     Raises:
         MatchFailure: another size is unknown.
@@ -73,8 +74,10 @@ def static_shape(tensor: Tensor, rows: int = BATCH) -> tuple[int, ...]:
     sizes = [d if isinstance(d, int) and d > 0 else None for d in tensor.shape]
     if sizes and sizes[0] is None:
         sizes[0] = rows
+    if sizes.count(None) == 1:
+        sizes[sizes.index(None)] = TOKENS
     if None in sizes:
-        raise MatchFailure(f"the shape {list(tensor.shape)} of {tensor.name} is not static apart from the batch", tensor.name)
+        raise MatchFailure(f"the shape {list(tensor.shape)} of {tensor.name} is not static apart from the batch and one axis", tensor.name)
     return tuple(d for d in sizes if d is not None)
 
 

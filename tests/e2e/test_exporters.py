@@ -62,8 +62,8 @@ def timm_vit(**options: Any) -> Any:
     return network(img_size=SIDE, patch_size=4, embed_dim=64, depth=DEPTH, num_heads=4, num_classes=10, **options)
 
 
-def export(model: Any, path: Path, dynamo: bool, dynamic: bool) -> Path:
-    """Opset 20 with the new exporter, 17 with TorchScript's."""
+def export(model: Any, path: Path, dynamo: bool, dynamic: bool, opset: int | None = None) -> Path:
+    """Opset 20 with the new exporter and 17 with TorchScript's, unless another is asked for."""
     batch = {0: torch.export.Dim("batch")} if dynamo else {0: "batch"}
     shapes: dict[str, Any] = {}
     if dynamic:
@@ -76,7 +76,7 @@ def export(model: Any, path: Path, dynamo: bool, dynamic: bool) -> Path:
             (torch.randn(2, 3, SIDE, SIDE),),
             path,
             dynamo=dynamo,
-            opset_version=20 if dynamo else 17,
+            opset_version=opset or (20 if dynamo else 17),
             **names,
             **shapes,
             **({"verbose": False, "external_data": False} if dynamo else {}),
@@ -110,6 +110,13 @@ def test_plain_vit(tmp_path: Path, dynamo: bool, dynamic: bool) -> None:
 @pytest.mark.parametrize("name", ["ViT", "DeiT", "Dinov2"])
 def test_transformers(tmp_path: Path, name: str, dynamo: bool) -> None:
     assert_compiles(export(transformers_vit(name), tmp_path / "vit.onnx", dynamo, True))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("dynamo", "opset"), [*((False, n) for n in range(13, 21)), *((True, n) for n in range(18, 24))])
+def test_every_opset(tmp_path: Path, dynamo: bool, opset: int) -> None:
+    assert_compiles(export(plain_vit(), tmp_path / "vit.onnx", dynamo, True, opset))
+    assert_compiles(export(transformers_vit("ViT"), tmp_path / "vit.onnx", dynamo, True, opset))
 
 
 @pytest.mark.parametrize("dynamo", [True, False], ids=["dynamo", "torchscript"])

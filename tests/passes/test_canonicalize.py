@@ -123,15 +123,51 @@ def test_rows_repeated_along_the_batch_become_one_row() -> None:
     assert ops(rows) == ["Shape", "Concat", "Expand", "Add"]
 
 
-def test_dynamic_image_sizes_keep_their_arithmetic() -> None:
-    text = """g (float[B, 3, H, W] x) => (float[B, 3, N] y) {
-        s = Shape <start = 0, end = 2> (x) t = Concat <axis = 0> (s, minus) y = Reshape(x, t)
-    }"""
-    graph, _, c = canonical(text, minus=np.array([-1]))
-    assert ops(graph) == ["Shape", "Concat", "Reshape"]
+OPEN = "g (float[B, 3, H, W] x) => (float y) {{ {text} }}"
+
+
+@pytest.mark.parametrize(
+    ("text", "target"),
+    [
+        ("s = Shape <start = 0, end = 2> (x) t = Concat <axis = 0> (s, minus) y = Reshape(x, t)", [0, 3, -1]),
+        ("s = Shape <start = 0, end = 3> (x) t = Concat <axis = 0> (s, two, minus) y = Reshape(x, t)", [0, 3, 0, 2, -1]),
+        ("s = Shape <start = 0, end = 1> (x) t = Concat <axis = 0> (s, three, two, minus) y = Reshape(x, t)", [0, 3, 2, -1]),
+    ],
+)
+def test_reshapes_of_open_image_sizes(text: str, target: list[int]) -> None:
+    numbers = {name: np.array([n]) for name, n in (("minus", -1), ("two", 2), ("three", 3))}
+    graph, _, c = canonical(OPEN.format(text=text), **numbers)
+    assert ops(graph) == ["Reshape"]
+    np.testing.assert_array_equal(value(graph.nodes[0].inputs[1]), target)
     assert c.notes[0].reason == "input sizes ['H', 'W'] are dynamic, so shape arithmetic is kept"
-    for size in (4, 6):
-        assert run_model(graph, {"x": np.zeros((1, 3, size, 5), np.float32)})[0].shape == (1, 3, 5 * size)
+    original = model_of(OPEN.format(text=text), **numbers)
+    for sides in ((4, 6), (10, 2)):
+        feed = {"x": np.arange(6 * sides[0] * sides[1], dtype=np.float32).reshape(2, 3, *sides)}
+        assert difference(run_model(original, feed), run_model(graph, feed)) == 0
+
+
+def test_two_open_sizes_of_a_reshape_are_kept() -> None:
+    text = """s = Shape <start = 2, end = 3> (x) h = Div(s, two) w = Shape <start = 3, end = 4> (x) v = Mul(w, two)
+        t = Concat <axis = 0> (minus, three, h, v) y = Reshape(x, t)"""
+    graph, _, _ = canonical(OPEN.format(text=text), minus=np.array([-1]), two=np.array([2]), three=np.array([3]))
+    assert "Shape" in ops(graph)
+
+
+def test_arithmetic_that_two_sizes_do_not_show_is_kept() -> None:
+    """The padding to whole windows is none at both sizes that are observed."""
+    text = """s = Shape <start = 3, end = 4> (x) r = Mod(s, four) n = Sub(four, r) p = Mod(n, four) w = Concat <axis = 0> (zeros, p)
+        y = Pad(x, w)"""
+    graph, _, _ = canonical(OPEN.format(text=text), four=np.array([4]), zeros=np.zeros(7, np.int64))
+    assert run_model(graph, {"x": np.ones((1, 3, 4, 5), np.float32)})[0].shape == (1, 3, 4, 8)
+
+
+def test_scale_factors_of_open_sizes_are_folded() -> None:
+    text = "s = Shape <start = 1, end = 2> (x) f = Cast <to = 1> (s) q = Sqrt(f) y = Div(x, q)"
+    graph, _, _ = canonical(OPEN.format(text=text))
+    assert ops(graph) == ["Div"]
+    text = "s = Shape <start = 2, end = 3> (x) f = Cast <to = 1> (s) q = Sqrt(f) y = Div(x, q)"
+    graph, _, _ = canonical(OPEN.format(text=text))
+    assert "Shape" in ops(graph), "it depends on the size"
 
 
 def test_dynamic_image_sizes_are_not_taken_from_the_probe() -> None:

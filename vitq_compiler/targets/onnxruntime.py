@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from vitq_compiler.blocks.linear import Linear
-from vitq_compiler.graph import Graph, Node, Tensor, producer, value
+from vitq_compiler.graph import Graph, Node, Tensor, producer, readers, value
 from vitq_compiler.lint.onnxruntime import RULES
 from vitq_compiler.quant import Edge, QuantParams
 from vitq_compiler.target import Target
@@ -66,8 +66,8 @@ def _to_gemm(graph: Graph, linear: Linear, activation: QuantParams, weight: Quan
     assert dequantize is not None  # insert-qdq put it there
     rank = len(linear.output.shape or ())  # the input's shape changes with the first of its readers
     middle = list(linear.output.shape or ())[1:-1]
-    if rank < 2 or not all(isinstance(d, int) and d > 0 for d in middle):
-        return "its token count is not static"
+    if rank < 2:
+        return "its rank is unknown"
     x = linear.input if rank == 2 else _flatten(graph, dequantize, linear.weight.shape[0], flat)
     inputs = [x, linear.weight]
     if linear.bias is not None:
@@ -75,10 +75,23 @@ def _to_gemm(graph: Graph, linear: Linear, activation: QuantParams, weight: Quan
     output = graph.insert("Gemm", inputs, name=f"{linear.name}/gemm", like=linear.output)
     if rank > 2:
         output.shape = [None, linear.output.shape[-1]]
-        shape = graph.constant(f"{linear.name}/unflatten", np.array([-1, *middle, linear.output.shape[-1]], np.int64))
+        if all(isinstance(d, int) and d > 0 for d in middle):
+            shape = graph.constant(f"{linear.name}/unflatten", np.array([-1, *middle, linear.output.shape[-1]], np.int64))
+        else:
+            shape = _open_shape(graph, linear, dequantize)
         output = graph.insert("Reshape", [output, shape], name=f"{linear.name}/unflatten", like=linear.output)
     graph.replace(linear.output, output)
     return ""
+
+
+def _open_shape(graph: Graph, linear: Linear, dequantize: Node) -> Tensor:
+    """The shape of the output, its tokens known only when it runs: that of the input but for the features."""
+    matrix = producer(dequantize.inputs[0]).inputs[0].inputs[0]  # type: ignore[union-attr]  # the Reshape of _flatten
+    source = matrix.inputs[0]
+    shape = next((n for n in readers(source) if n.op == "Shape" and n.attrs.get("end") == -1), None)
+    leading = shape.outputs[0] if shape is not None else graph.add("Shape", [source], name=f"{source.name}/leading", start=0, end=-1)
+    features = graph.constant(f"{linear.name}/features", np.array([linear.output.shape[-1]], np.int64))
+    return graph.add("Concat", [leading, features], name=f"{linear.name}/unflatten/shape", axis=0)
 
 
 def _flatten(graph: Graph, dequantize: Node, features: int, flat: dict[str, Tensor]) -> Tensor:
