@@ -3,6 +3,7 @@
     python -m benchmarks latency        how fast the integer graph is: paired, in one process, against the float graph and
                                         what onnxruntime.quantization makes of it
     python -m benchmarks accuracy       how much of a trained model's accuracy is left, on labelled test images
+    python -m benchmarks tensorrt       what NVIDIA's compiler makes of graphs for it: fused attention, integer products, kernels
     python -m benchmarks compile-time   what a compile costs: seconds, memory, and each pass
     python -m benchmarks zoo            every architecture through the compiler: what is found, quantized and refused
 
@@ -18,10 +19,10 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from benchmarks import accuracy, compile_time, latency, zoo
+from benchmarks import accuracy, compile_time, latency, tensorrt, zoo
 from benchmarks.tables import Report
 
-COMMANDS = {"latency": latency, "accuracy": accuracy, "compile-time": compile_time, "zoo": zoo}
+COMMANDS = {"latency": latency, "accuracy": accuracy, "tensorrt": tensorrt, "compile-time": compile_time, "zoo": zoo}
 
 
 def main(arguments: Sequence[str]) -> int:

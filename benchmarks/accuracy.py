@@ -37,6 +37,8 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--samples", type=int, default=32, metavar="N", help="calibration samples [32]")
     parser.add_argument("--seed", type=int, default=0, help="of the choice of samples [0]")
     parser.add_argument("--recipe", default="w8a8", help="of vitq [w8a8]")
+    parser.add_argument("--target", default="onnxruntime", choices=["onnxruntime", "tensorrt"], help="of vitq [onnxruntime]")
+    parser.add_argument("--attention", choices=["float", "int8"], help="operands of the attention products, of vitq [the recipe's choice]")
     parser.add_argument("--threads", type=int, default=0, metavar="N", help="of the runtime; 0 for all cores [0]")
     parser.add_argument("--compare", action="store_true", help="measure the graphs of onnxruntime.quantization too")
 
@@ -100,7 +102,8 @@ def measure_task(task: Task, options: argparse.Namespace) -> Table:
             del train
         say(f"{task.name}: compile ...")
         same: dict[str, Any] = {"preprocess": task.preprocess, "samples": options.samples, "seed": options.seed}
-        report = compile(model, compiled, recipe=options.recipe, calibration=source, threads=options.threads, **same)
+        chosen: dict[str, Any] = {"recipe": options.recipe, "target": options.target, "attention": options.attention}
+        report = compile(model, compiled, calibration=source, threads=options.threads, **chosen, **same)
         graphs = {"float": model, "vitq": compiled}
         if options.compare:
             graphs |= quantize_all(model, Path(temporary), lambda: calibration_feeds(model, source, **same))
@@ -111,12 +114,13 @@ def measure_task(task: Task, options: argparse.Namespace) -> Table:
         (name, score.right / score.images, score.agreeing / score.images, score.sqnr if name != "float" else None, sizes[name])
         for name, score in scores.items()
     ]
+    plan = f"Recipe {report.recipe} for {report.target}{f', attention {options.attention}' if options.attention else ''}"
     calibration = f"{report.data.calibration_samples} {'training images' if source else 'built-in pictures'}, seed {options.seed}"
     return Table(
         f"Accuracy of {task.name}{f' ({options.file.name})' if options.file else ''}, {len(order)} test images",
         ("graph", "top-1", "agreement", f"SQNR of {task.compared}, dB", "file, MB"),
         tuple(rows),
-        (f"Calibration: {calibration}. Recipe {report.recipe}: {report.integer} of {len(report.linears)} layers in integer kernels.",),
+        (f"Calibration: {calibration}. {plan}: {report.integer} of {len(report.linears)} layers in integer kernels.",),
         {"top-1": ".4f", "agreement": ".4f"},
     )
 

@@ -22,6 +22,7 @@ TIMM = {
     "vit_small": "vit_small_patch16_224",
     "deit_small": "deit_small_patch16_224",
     "vit_base": "vit_base_patch16_224",
+    "swin_tiny": "swin_tiny_patch4_window7_224",
 }
 OPSETS = {"dynamo": 20, "torchscript": 17}
 NOISE = 0.02

@@ -2,6 +2,7 @@
 
 static    QDQ, uint8 activations, int8 weights per channel; everything else as it comes
 tuned     the same for MatMul and Gemm only, and none of their outputs quantized: the fastest setting known to us
+s8s8      for TensorRT: everything int8 and symmetric, float biases, weights with a QuantizeLinear of their own
 dynamic   int8 weights per channel; activations get their range at run time
 
 All of them get the graph after ``quant_pre_process``, and the calibration images that vitq gets.
@@ -55,6 +56,11 @@ def quantize(kind: str, prepared: Path, output: Path, feeds: Iterable[Feed]) -> 
     """Make one of `PEERS` from a prepared graph."""
     if kind == "dynamic":
         quantize_dynamic(prepared, output, per_channel=True, weight_type=QuantType.QInt8)
+        return output
+    if kind == "s8s8":
+        symmetric = {"ActivationSymmetric": True, "WeightSymmetric": True, "QuantizeBias": False, "AddQDQPairToWeight": True}
+        signed = {"activation_type": QuantType.QInt8, "weight_type": QuantType.QInt8}
+        quantize_static(prepared, output, _Reader(feeds), per_channel=True, extra_options=symmetric, **signed)
         return output
     matmuls = ["MatMul", "Gemm"]
     only = {"op_types_to_quantize": matmuls, "extra_options": {"OpTypesToExcludeOutputQuantization": matmuls}} if kind == "tuned" else {}

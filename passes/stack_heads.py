@@ -7,7 +7,10 @@ into the weight of q. TensorRT then merges bias, Reshape, Transpose and Split in
 softmax(q k^T) v that it fuses; three operands that are moved one by one cost two more kernels in every block, and a split of
 the features makes it dequantize the weight.
 
-Precondition: q, k and v come from the same tokens, and nothing else reads them.
+A block whose scores are regrouped before the softmax (the masked windows of Swin) is stacked too; there only the scale on q
+and k goes into the weight.
+
+Precondition: q, k and v come from the same tokens, are equally wide, and nothing else reads them.
 """
 
 from __future__ import annotations
@@ -16,11 +19,13 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from vitq_compiler.blocks.attention import Attention, HeadView, feeds_only
-from vitq_compiler.blocks.linear import add_to_bias
-from vitq_compiler.graph import Graph, Tensor, producer, scalar, value
+from vitq_compiler.blocks.attention import Attention, HeadView, feeds_only, head_views
+from vitq_compiler.blocks.computed_attention import ComputedAttention
+from vitq_compiler.blocks.linear import Linear, add_to_bias
+from vitq_compiler.graph import Graph, Node, Tensor, is_constant, producer, readers, scalar, value
 from vitq_compiler.pattern import MatchFailure
 from vitq_compiler.pipeline import Compilation, Fact, Pass
+from vitq_compiler.views import VIEWS
 
 
 @dataclass(frozen=True)
@@ -41,6 +46,17 @@ class StackHeads(Pass):
                 self.note(c, attention.softmax.name, f"heads are not stacked: {failure.reason}")
                 continue
             _stack(c, attention)
+            _unscale(c.graph, attention)
+            changes += 1
+        for computed in c.annotations.computed_attentions:
+            try:
+                attention = _regrouped(computed, c.annotations.linears)
+                self._check(c.graph, attention)
+            except MatchFailure as failure:
+                self.note(c, computed.softmax.name, f"heads are not stacked: {failure.reason}")
+                continue
+            _stack(c, attention)
+            computed.linears[:] = attention.linears
             changes += 1
         c.graph.clean().infer_shapes()
         return changes
@@ -49,8 +65,13 @@ class StackHeads(Pass):
         first, *others = attention.linears
         if any(linear.input is not first.input for linear in others):
             raise MatchFailure("queries, keys and values are made of different tokens")
-        if not isinstance(first.output.shape[1], int):
+        shape, operand = list(first.output.shape or ()), list(attention.scores.inputs[0].shape or ())
+        if len(shape) != 3 or len(operand) != 4:
+            raise MatchFailure(f"its operands have {len(operand)} axes, and their Linear {len(shape)}")
+        if not isinstance(shape[1], int):
             raise MatchFailure("the number of tokens is open")
+        if len({len(view.columns) for view in (attention.q, attention.k, attention.v)}) > 1:
+            raise MatchFailure("queries, keys and values are not equally wide")
         if any(not feeds_only(graph, linear.output, attention) for linear in attention.linears):
             raise MatchFailure("a Linear of queries, keys and values is read by more than this attention")
         if any(graph.is_output(t) for t in (attention.scores.outputs[0], attention.scores.inputs[0], attention.scores.inputs[1])):
@@ -78,11 +99,31 @@ def _stack(c: Compilation, attention: Attention) -> None:
     q, k, v = _operands(graph, attention, linear.output)
     attention.scores.inputs[0], attention.scores.inputs[1] = q, k
     attention.context.inputs[1] = v
-    _unscale(graph, attention)
     features = linear.out_features // 3
     for index, letter in enumerate("qkv"):
         setattr(attention, letter, HeadView(linear, np.arange(index * features, (index + 1) * features)))
     attention.scale = 1.0
+
+
+def _regrouped(computed: ComputedAttention, linears: list[Linear]) -> Attention:
+    """The block as if its scores went straight into the softmax; its scale is that of q and k alone.
+
+    Raises:
+        MatchFailure: between softmax and products lies more than views, scalings and masks.
+    """
+    if computed.mixers:
+        raise MatchFailure("its heads are mixed")
+    node: Node | None = computed.softmax
+    while node is not None and node.op in VIEWS | {"Softmax", "Mul", "Div", "Add"}:
+        node = next((p for t in node.inputs if (p := producer(t)) is not None), None)
+    following = readers(computed.softmax.outputs[0])
+    while len(following) == 1 and following[0].op in VIEWS:
+        following = readers(following[0].outputs[0])
+    if node is None or node.op != "MatMul" or is_constant(node.inputs[1]) or len(following) != 1 or following[0].op != "MatMul":
+        raise MatchFailure(computed.reason)
+    views, scale = head_views(node, following[0], linears)
+    heads = int(node.outputs[0].shape[1])
+    return Attention(*views, node, computed.softmax, following[0], computed.proj, None, heads, scale)
 
 
 def _bias(view: HeadView) -> np.ndarray:

@@ -110,3 +110,52 @@ def test_a_shared_linear_and_two_sources_are_left_alone(name: str) -> None:
     assert sorted(ops(c.graph)) == before
     reason = "read by more than this attention" if name == "a" else "made of different tokens"
     assert [reason in note.reason for note in c.notes] == [True]
+
+
+def attention_of(values: int, mask: bool) -> Compilation:
+    """One block in ONNX text: values of ``values`` features per head, and scores that are regrouped to add a mask."""
+    regrouped = "n = Reshape(m, windows) u = Add(n, masks) w = Reshape(u, plain) p = Softmax <axis = -1> (w)"
+    c = compilation(
+        graph_of(
+            f"""g (float[2, 5, 4] x) => (float[2, 5, 4] y) {{
+                a = MatMul(x, wq) b = MatMul(x, wk) d = MatMul(x, wv)
+                q3 = Reshape(a, s) q2 = Transpose <perm = [0, 2, 1, 3]> (q3) q = Mul(q2, half)
+                k3 = Reshape(b, s) k = Transpose <perm = [0, 2, 3, 1]> (k3)
+                v3 = Reshape(d, sv) v = Transpose <perm = [0, 2, 1, 3]> (v3)
+                m = MatMul(q, k) {regrouped if mask else "p = Softmax <axis = -1> (m)"} o = MatMul(p, v)
+                t = Transpose <perm = [0, 2, 1, 3]> (o) r = Reshape(t, back) y = MatMul(r, wo)
+            }}""",
+            s=np.array([0, 5, 2, 2]),
+            sv=np.array([0, 5, 2, values]),
+            back=np.array([0, 5, 2 * values]),
+            windows=np.array([1, 2, 2, 5, 5]),
+            plain=np.array([2, 2, 5, 5]),
+            half=np.float32(0.5),
+            masks=np.random.default_rng(0).normal(size=(1, 2, 1, 5, 5)).astype(np.float32),
+            wq=np.random.default_rng(1).normal(size=(4, 4)).astype(np.float32),
+            wk=np.random.default_rng(2).normal(size=(4, 4)).astype(np.float32),
+            wv=np.random.default_rng(3).normal(size=(4, 2 * values)).astype(np.float32),
+            wo=np.random.default_rng(4).normal(size=(2 * values, 4)).astype(np.float32),
+        )
+    )
+    c.annotations = understand(c.graph)
+    return c
+
+
+def test_scores_regrouped_into_windows() -> None:
+    c = attention_of(2, mask=True)
+    assert (len(c.annotations.attentions), len(c.annotations.computed_attentions)) == (0, 1)
+    feed = feed_of(c.graph)
+    before = run_model(c.graph, feed)
+    assert changes_of(c, "stack-heads") == 1
+    assert difference(before, run_model(c.graph, feed)) <= 1e-6
+    assert ops(c.graph).count("Split") == 1
+    assert ops(c.graph).count("MatMul") == 4
+    assert "Mul" not in ops(c.graph)
+    assert [linear.out_features for linear in c.annotations.computed_attentions[0].linears] == [12]
+
+
+def test_wider_values_are_left_alone() -> None:
+    c = attention_of(3, mask=False)
+    assert changes_of(c, "stack-heads") == 0
+    assert [note.reason for note in c.notes] == ["heads are not stacked: queries, keys and values are not equally wide"]

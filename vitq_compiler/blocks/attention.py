@@ -101,14 +101,24 @@ def match_attention(softmax: Node, linears: list[Linear]) -> Attention:
     context = _only_reader(softmax.outputs[0], "MatMul")
     if context.inputs[0] is not softmax.outputs[0]:
         raise MatchFailure("the probabilities are not the left operand of a MatMul", context.name)
+    (q, k, v), scale_inside = head_views(scores, context, linears)
+    heads = v.columns.size // int(context.inputs[1].shape[-1])
+    proj = _projection(context, heads, {id(linear.matmul): linear for linear in linears})
+    return Attention(q, k, v, scores, softmax, context, proj, mask, heads, scale * scale_inside)
+
+
+def head_views(scores: Node, context: Node, linears: list[Linear]) -> tuple[tuple[HeadView, HeadView, HeadView], float]:
+    """q, k and v of the products q k^T and P v, and what q and k are multiplied by on the way from their Linear layers.
+
+    Raises:
+        MatchFailure: one is no plain split of a Linear into heads, or the values are scaled.
+    """
     by_output = {id(linear.output): linear for linear in linears}
     places = (("q", scores.inputs[0]), ("k", scores.inputs[1]), ("v", context.inputs[1]))
     (q, scale_q), (k, scale_k), (v, scale_v) = (_head_view(tensor, by_output, transposed=name == "k") for name, tensor in places)
     if scale_v != 1:
         raise MatchFailure("the values are scaled", context.name)
-    heads = v.columns.size // int(context.inputs[1].shape[-1])
-    proj = _projection(context, heads, {id(linear.matmul): linear for linear in linears})
-    return Attention(q, k, v, scores, softmax, context, proj, mask, heads, scale * scale_q * scale_k)
+    return (q, k, v), scale_q * scale_k
 
 
 def _scores(softmax: Node) -> tuple[Node, float, Tensor | None]:

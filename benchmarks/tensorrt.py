@@ -1,0 +1,102 @@
+"""What NVIDIA's compiler (TensorRT-RTX, on the CPU) makes of graphs for TensorRT.
+
+attention   fused attention kernels, of the attention blocks there are
+int8        matrix products of which both operands are int8, of all products
+other       all other kernels
+engine      size of the engine
+
+fp16 is the exported model in half precision; vitq its graph for target tensorrt; s8s8 the same from onnxruntime.quantization, with
+the options that TensorRT needs. Calibration is on built-in pictures: nothing here depends on numbers. Kernels are not timed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from benchmarks.models import TIMM, obtain
+from benchmarks.tables import Cell, Table, say
+
+NAMES = ("vit_small", "vit_base", "deit_tiny", "swin_tiny")
+SAMPLES = 8
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """The options of this command."""
+    parser.add_argument("--model", nargs="+", default=list(NAMES), metavar="NAME", help=f"{', '.join(TIMM)}, or ONNX files [{NAMES}]")
+    parser.add_argument("--exporter", nargs="+", default=["dynamo", "torchscript"], choices=["dynamo", "torchscript"], help="[both]")
+    parser.add_argument("--compute-capability", nargs="+", default=["8.0", "8.9"], metavar="X.Y", help="of the GPU [8.0 8.9]")
+    parser.add_argument("--peers", action="store_true", help="compile the graph of onnxruntime.quantization too")
+    parser.add_argument("--seed", type=int, default=0, help="of random weights and pictures [0]")
+
+
+def measure(options: argparse.Namespace) -> list[Table]:
+    """One table."""
+    rows: list[tuple[Cell, ...]] = []
+    with tempfile.TemporaryDirectory() as temporary:
+        for name in options.model:
+            for exporter in options.exporter if not name.endswith(".onnx") else ("file",):
+                folder = Path(temporary) / f"{Path(name).stem}_{exporter}"
+                folder.mkdir()
+                model = obtain(name, exporter, folder, options.seed)
+                for graph, path, attentions in make_graphs(model, folder, options):
+                    rows += [(Path(name).stem, exporter, graph, *row) for row in verdicts(path, attentions, options.compute_capability)]
+    columns = ("model", "exporter", "graph", "GPU", "attention fused", "int8 products", "other kernels", "all kernels", "engine, MB")
+    return [Table("Graphs for TensorRT through NVIDIA's compiler", columns, tuple(rows))]
+
+
+def make_graphs(model: Path, folder: Path, options: argparse.Namespace) -> list[tuple[str, Path, int]]:
+    """Name, file and number of attention blocks of each graph of a model."""
+    from benchmarks.peers import calibration_feeds, quantize_all
+    from vitq_compiler.compiler import compile
+
+    say(f"{model.stem}: compile ...")
+    report = compile(model, folder / "vitq.onnx", target="tensorrt", samples=SAMPLES, seed=options.seed)
+    attentions = len({row.block for row in report.linears if row.block.startswith("attention ")})
+    graphs = {"fp16": halve(model, folder / "fp16.onnx"), "vitq": folder / "vitq.onnx"}
+    if options.peers:
+        feeds = calibration_feeds(model, None, "imagenet", SAMPLES, options.seed)
+        graphs |= quantize_all(model, folder, lambda: feeds, ["s8s8"])
+    return [(name, path, attentions) for name, path in graphs.items()]
+
+
+def halve(model: Path, output: Path) -> Path:
+    """The model in half precision between float32 inputs and outputs, its structure as it was exported."""
+    from vitq_compiler.data import open_data
+    from vitq_compiler.graph import Graph
+    from vitq_compiler.model_io import convert_opset, read_model, write_model
+    from vitq_compiler.passes.canonicalize import Canonicalize
+    from vitq_compiler.passes.narrow_floats import NarrowFloats
+    from vitq_compiler.pipeline import Compilation
+    from vitq_compiler.preprocess import resolve
+    from vitq_compiler.recipe import load_recipe
+    from vitq_compiler.targets.tensorrt import Tensorrt
+
+    target = Tensorrt()
+    graph = Graph.from_proto(convert_opset(read_model(model), target.opset, model))
+    graph.ir_version = target.ir_version
+    data = open_data(None, graph.inputs, resolve("imagenet", model), samples=SAMPLES, batch_size=SAMPLES)
+    c = Compilation(graph, load_recipe("w8a8"), target, data)
+    Canonicalize().run(c)
+    NarrowFloats().run(c)
+    write_model(graph.to_proto(), output)
+    return output
+
+
+def verdicts(path: Path, attentions: int, capabilities: list[str]) -> list[tuple[Any, ...]]:
+    """A row for each GPU."""
+    from vitq_compiler.judge import judge
+
+    rows: list[tuple[Any, ...]] = []
+    for capability in capabilities:
+        found = judge(path, capability)
+        if not found.built:
+            say(f"{path.name}: {'; '.join(found.errors)}")
+            rows.append((capability, "refused" if not found.parsed else "not built", None, None, None, None))
+            continue
+        products = sum(found.products.values())
+        fused, integer = f"{found.fused} of {attentions}", f"{found.integer} of {products}"
+        rows.append((capability, fused, integer, found.others, found.kernels, found.engine_bytes / 1e6))
+    return rows
