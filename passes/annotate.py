@@ -61,7 +61,7 @@ class Annotate(Pass):
         if not specs or self._kept(c, attention.softmax):
             return
         tokens, head_dim = attention.scores.outputs[0].shape[-1], len(attention.q.columns) // attention.heads
-        if fault := c.target.attention_fault(head_dim, tokens if isinstance(tokens, int) else 0):
+        if fault := c.target.attention_fault(head_dim, tokens if isinstance(tokens, int) else 0, next(iter(specs.values()))):
             self.note(c, attention.softmax.name, f"attention stays in float: {fault}")
             return
         c.specs.update({attention.edges[operand]: c.target.fit(spec) for operand, spec in specs.items()})

@@ -28,7 +28,10 @@ class ComputeQparams(Pass):
                 c.params[edge] = weight_params(node, spec)
             else:
                 seen = c.table.statistics[tensor.name]
-                c.params[edge] = from_range(seen.low.min(), seen.high.max(), spec)
+                low, high = seen.low.min(), seen.high.max()
+                if spec.format == "e4m3" and tensor.inputs and tensor.inputs[0].op == "Softmax":
+                    low, high = np.float32(0), np.float32(1)  # the scale 1/448, which fused attention kernels are made for
+                c.params[edge] = from_range(low, high, spec)
         return len(c.specs)
 
 

@@ -190,3 +190,20 @@ def test_a_negative_axis_counts_from_the_end() -> None:
     x = np.random.default_rng(2).normal(size=(2, 3)).astype(np.float32)
     params = [from_range(x.min(0), x.max(0), QuantSpec(), axis) for axis in (1, -1)]
     np.testing.assert_array_equal(quantize(x, params[0]), quantize(x, params[1]))
+
+
+def test_8_bit_floats_are_those_of_onnxruntime() -> None:
+    x = np.random.default_rng(0).normal(size=(64, 8)).astype(np.float32) * np.float32([1e-4, 1e-2, 0.1, 1, 3, 10, 100, 1000])
+    params = from_range(np.float32(-900), np.float32(800), QuantSpec(format="e4m3"))
+    assert params.scale == np.float32(900 / 448)
+    assert params.dtype == E4M3
+    text = "q = QuantizeLinear(x, s, z) y = DequantizeLinear(q, s, z)"
+    graph = graph_of(f"g (float[64, 8] x) => (float[64, 8] y) {{ {text} }}", s=params.scale, z=np.zeros((), E4M3))
+    np.testing.assert_array_equal(run_model(graph, {"x": x})[0], fake_quantize(x, params))
+    step = np.maximum(np.abs(x) / 16, params.scale * 2.0**-10)  # half of the last bit of three, or of the smallest number
+    assert (np.abs(fake_quantize(x, params) - np.clip(x, -900, 900)) <= step * 1.0001).all()
+
+
+def test_an_unknown_format() -> None:
+    with pytest.raises(ValueError, match="format must be int or e4m3, got 'e5m2'"):
+        QuantSpec(format="e5m2")  # type: ignore[arg-type]

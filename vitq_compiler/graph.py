@@ -16,6 +16,9 @@ import onnx_graphsurgeon as gs
 from numpy.typing import NDArray
 from onnx import helper, numpy_helper
 from onnx_graphsurgeon.ir.tensor import LazyValues
+from onnx_graphsurgeon.logger import G_LOGGER
+
+G_LOGGER.severity = G_LOGGER.ERROR  # it warns of types that numpy knows by ml_dtypes
 
 Node: TypeAlias = Any  # gs.Node; graphsurgeon has no type information
 Tensor: TypeAlias = Any  # gs.Variable or gs.Constant

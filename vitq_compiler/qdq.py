@@ -70,7 +70,7 @@ def quantize_activation(graph: Graph, tensor: Tensor, params: QuantParams) -> Te
 
     Fewer than 8 bits are exact in the 8-bit container: a Clip to the values of the first and last code comes before.
     """
-    if params.quant_max < np.iinfo(params.dtype).max:
+    if params.format == "int" and params.quant_max < np.iinfo(params.dtype).max:
         ends = [
             graph.constant(f"{tensor.name}/{n}", dequantize(np.asarray(code), params))
             for n, code in (("low", params.quant_min), ("high", params.quant_max))

@@ -12,11 +12,16 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, Literal
 
+import ml_dtypes
 import numpy as np
 from numpy.typing import NDArray
 
 Float = NDArray[np.floating[Any]]
+Format = Literal["int", "e4m3"]
 Granularity = Literal["per_tensor", "per_channel"]
+
+E4M3: np.dtype[Any] = np.dtype(ml_dtypes.float8_e4m3fn)
+LARGEST_E4M3 = 448
 
 
 @dataclass(frozen=True)
@@ -36,16 +41,21 @@ class QuantSpec:
         signed: codes from -2^(bits-1) rather than from 0.
         symmetric: zero maps to the middle code; for signed codes the range is then +-(2^(bits-1) - 1).
         granularity: one scale for the tensor, or one per output channel (shape [channels]).
+        format: ``int``, or ``e4m3``: 8-bit floats with a sign, 4 bits of exponent and 3 of mantissa, up to 448, none infinite
+            (arXiv 2209.05433); ``bits``, ``signed`` and ``symmetric`` say nothing then.
     """
 
     bits: int = 8
     signed: bool = False
     symmetric: bool = False
     granularity: Granularity = "per_tensor"
+    format: Format = "int"
 
     def __post_init__(self) -> None:
         if not 2 <= self.bits <= 8:
             raise ValueError(f"bits must be 2 to 8, got {self.bits}")
+        if self.format not in ("int", "e4m3"):
+            raise ValueError(f"format must be int or e4m3, got {self.format!r}")
 
     @property
     def quant_min(self) -> int:
@@ -67,6 +77,7 @@ class QuantParams:
         axis: the axis of ``scale`` where it is not a scalar.
         quant_min: smallest code.
         quant_max: largest code.
+        format: of the codes, see `QuantSpec`.
     """
 
     scale: NDArray[np.float32]
@@ -74,6 +85,7 @@ class QuantParams:
     axis: int | None
     quant_min: int
     quant_max: int
+    format: Format = "int"
 
     def __post_init__(self) -> None:
         if self.scale.shape != self.zero_point.shape or self.scale.ndim != (0 if self.axis is None else 1):
@@ -85,7 +97,9 @@ class QuantParams:
 
     @property
     def dtype(self) -> np.dtype[Any]:
-        """The container: int8 for signed codes, else uint8."""
+        """The container: int8 for signed codes, else uint8; 8-bit floats are their own."""
+        if self.format == "e4m3":
+            return E4M3
         return np.dtype(np.int8 if self.quant_min < 0 else np.uint8)
 
 
@@ -100,6 +114,10 @@ def from_range(low: Float, high: Float, spec: QuantSpec, axis: int | None = None
     """
     low = np.minimum(np.asarray(low, np.float64), 0.0)
     high = np.maximum(np.asarray(high, np.float64), 0.0)
+    smallest = np.finfo(np.float32).tiny * 2.0**24  # a constant zero channel still needs a positive, normal scale
+    if spec.format == "e4m3":
+        step = np.maximum(np.maximum(np.abs(low), high) / LARGEST_E4M3, smallest)
+        return QuantParams(step.astype(np.float32), np.zeros(step.shape, np.int32), axis, -LARGEST_E4M3, LARGEST_E4M3, spec.format)
     codes = spec.quant_max - spec.quant_min
     if spec.symmetric:
         middle = 0 if spec.signed else (codes + 1) // 2
@@ -110,7 +128,6 @@ def from_range(low: Float, high: Float, spec: QuantSpec, axis: int | None = None
         scale = (high - low) / codes
         with np.errstate(divide="ignore", invalid="ignore"):
             zero_point = np.where(scale > 0, np.clip(np.rint(spec.quant_min - low / scale), spec.quant_min, spec.quant_max), spec.quant_min)
-    smallest = np.finfo(np.float32).tiny * 2.0**24  # a constant zero channel still needs a positive, normal scale
     return QuantParams(np.maximum(scale, smallest).astype(np.float32), zero_point.astype(np.int32), axis, spec.quant_min, spec.quant_max)
 
 
@@ -138,6 +155,8 @@ def equalizing_scale(width: Float, strength: float) -> tuple[NDArray[np.float64]
 def quantize(x: Float, params: QuantParams) -> NDArray[Any]:
     """Codes of ``x``, in the container type."""
     scale, zero_point = _spread(params, x.ndim)
+    if params.format == "e4m3":
+        return np.asarray(np.clip(np.asarray(x, np.float32) / scale, params.quant_min, params.quant_max).astype(params.dtype))
     codes = np.rint(np.asarray(x, np.float32) / scale) + zero_point
     clipped: NDArray[Any] = np.clip(codes, params.quant_min, params.quant_max).astype(params.dtype)
     return clipped
@@ -146,6 +165,8 @@ def quantize(x: Float, params: QuantParams) -> NDArray[Any]:
 def dequantize(codes: NDArray[Any], params: QuantParams) -> NDArray[np.float32]:
     """The values that ``codes`` stand for."""
     scale, zero_point = _spread(params, codes.ndim)
+    if params.format == "e4m3":
+        return codes.astype(np.float32) * scale
     return ((codes.astype(np.int32) - zero_point) * scale).astype(np.float32)
 
 

@@ -12,6 +12,7 @@ import onnxruntime as ort
 
 from vitq_compiler.errors import TargetError
 from vitq_compiler.graph import Array, Graph, InputSpec
+from vitq_compiler.quant import E4M3
 
 Feed = dict[str, Array]
 PROTOBUF_LIMIT = 2**31 - 2**20  # bytes; a larger model must go through files with external data
@@ -46,7 +47,7 @@ def session(
         if isinstance(model, Graph):
             light, weights = model.without_weights()
             if weights:
-                options.add_external_initializers(list(weights), [ort.OrtValue.ortvalue_from_numpy(w) for w in weights.values()])
+                options.add_external_initializers(list(weights), [_shared(w) for w in weights.values()])
             return ort.InferenceSession(light.SerializeToString(), options, providers=["CPUExecutionProvider"])
         if isinstance(model, Path):
             return ort.InferenceSession(str(model), options, providers=["CPUExecutionProvider"])
@@ -58,6 +59,13 @@ def session(
             return ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
     except Exception as error:  # onnxruntime raises several private exception types
         raise TargetError(f"onnxruntime {ort.__version__} cannot load the graph: {first_line(error)}") from error
+
+
+def _shared(weight: Array) -> ort.OrtValue:
+    """A weight that the runtime reads where it lies; numpy has no 8-bit floats of its own."""
+    if weight.dtype == E4M3:
+        return ort.OrtValue.ortvalue_from_numpy_with_onnx_type(weight.view(np.uint8), onnx.TensorProto.FLOAT8E4M3FN)
+    return ort.OrtValue.ortvalue_from_numpy(weight)
 
 
 def run(runtime: ort.InferenceSession, feed: Feed, outputs: Sequence[str] | None = None) -> list[Array]:

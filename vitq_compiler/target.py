@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
 
-from vitq_compiler.errors import TargetError
+from vitq_compiler.errors import RecipeError, TargetError
 from vitq_compiler.graph import Graph, InputSpec
 from vitq_compiler.lint.model import Model
 from vitq_compiler.lint.rule import Finding, Platform, Rule, check
@@ -45,10 +45,16 @@ class Target(ABC):
     replaces: ClassVar[Mapping[str, str]] = {}
 
     def fit(self, spec: QuantSpec) -> QuantSpec:
-        """What the target makes of a recipe's intent for an activation."""
+        """What the target makes of a recipe's intent for an activation.
+
+        Raises:
+            RecipeError: it has no such numbers.
+        """
+        if spec.format != "int":
+            raise RecipeError(f"target {self.name} has no 8-bit floats: give another recipe, or --target tensorrt")
         return spec
 
-    def attention_fault(self, head_dim: int, tokens: int) -> str:
+    def attention_fault(self, head_dim: int, tokens: int, spec: QuantSpec) -> str:
         """Why the products of an attention block of these sizes should stay in float whatever the recipe says, or nothing."""
         return ""
 

@@ -26,8 +26,11 @@ from vitq_compiler.errors import RecipeError, TargetError
 from vitq_compiler.graph import InputSpec, is_constant, producer, value
 from vitq_compiler.lint.rule import INFORMATION
 from vitq_compiler.pipeline import Compilation
+from vitq_compiler.quant import E4M3, QuantSpec
 from vitq_compiler.recipe import load_recipe
+from vitq_compiler.target import Target
 from vitq_compiler.targets._older_opset import lower_opset
+from vitq_compiler.targets.onnxruntime import Onnxruntime
 from vitq_compiler.targets.tensorrt import Tensorrt
 
 SIZES = Sizes(depth=1, width=32, heads=2, hidden=48, classes=16)
@@ -108,7 +111,7 @@ def test_attention_in_int8_is_all_or_nothing() -> None:
 
 @pytest.mark.parametrize(("tokens", "reason"), [(512, ""), (513, "there is no fused int8 kernel for 513 tokens, only up to 512")])
 def test_long_sequences_keep_attention_in_float(tokens: int, reason: str) -> None:
-    assert Tensorrt().attention_fault(64, tokens) == reason
+    assert Tensorrt().attention_fault(64, tokens, QuantSpec()) == reason
 
 
 def test_the_report(tmp_path: Path) -> None:
@@ -188,3 +191,40 @@ def test_what_has_no_older_words(text: str, message: str) -> None:
     graph = graph_of(f"g (float[2, 1, 4] x) => (float[A, B, C] y) {{ {text} }}", one=np.ones(1, np.float32))
     with pytest.raises(TargetError, match=message):
         lower_opset(graph, 17)
+
+
+def test_8_bit_floats() -> None:
+    recipe = load_recipe("fp8")
+    c = compilation(vit(SIZES), target=Tensorrt(compute_capability=8.9), recipe=recipe)
+    run_passes(c, str(pipeline_for(recipe, c.target)))
+    onnx.checker.check_model(c.graph.to_proto(), full_check=True)
+    (attention,) = c.annotations.attentions
+    assert {value(n.inputs[2]).dtype for n in c.graph.find("QuantizeLinear", "DequantizeLinear")} == {E4M3}
+    probabilities = producer(attention.context.inputs[0])
+    assert probabilities is not None
+    assert float(value(probabilities.inputs[1])) == np.float16(1 / 448)
+    assert [producer(t).op for n in (attention.scores, attention.context) for t in n.inputs] == ["DequantizeLinear"] * 4  # type: ignore[union-attr]
+    assert set(c.target.kernels(c.graph).values()) >= {"FP8 MatMul"}
+    feed = feed_of(c.graph)
+    (y,), (reference,) = run_model(c.graph, feed), run_model(vit(SIZES), feed)
+    assert 10 * np.log10(np.square(reference).sum() / np.square(reference - y).sum()) > 15
+
+
+@pytest.mark.parametrize(
+    ("target", "message"),
+    [
+        (Tensorrt("8.6"), "TensorRT 8.6 has no 8-bit floats"),
+        (Tensorrt(compute_capability=8.0), "compute capability 8.0 has no 8-bit floats, 8.9 has"),
+        (Onnxruntime(), "target onnxruntime has no 8-bit floats"),
+    ],
+    ids=["8.6", "sm80", "onnxruntime"],
+)
+def test_who_has_no_8_bit_floats(target: Target, message: str) -> None:
+    recipe = load_recipe("fp8")
+    with pytest.raises(RecipeError, match=message):
+        run_passes(compilation(vit(SIZES), target=target, recipe=recipe), "canonicalize,annotate")
+
+
+@pytest.mark.parametrize(("head_dim", "fused"), [(8, False), (9, True), (256, True), (257, False)])
+def test_heads_of_8_bit_floats(head_dim: int, fused: bool) -> None:
+    assert (Tensorrt().attention_fault(head_dim, 3000, QuantSpec(format="e4m3")) == "") == fused

@@ -24,7 +24,7 @@ from vitq_compiler.errors import RecipeError
 from vitq_compiler.graph import Graph, InputSpec, Tensor, is_constant, producer, value
 from vitq_compiler.lint.rule import Platform, Rule
 from vitq_compiler.lint.tensorrt import RULES
-from vitq_compiler.quant import QuantSpec
+from vitq_compiler.quant import E4M3, QuantSpec
 from vitq_compiler.target import Target
 from vitq_compiler.targets._older_opset import lower_opset
 
@@ -35,6 +35,7 @@ VERSIONS = ("8.6", "10", "11")
 FLOAT_TYPES = ("fp32", "fp16", "bf16")
 INT8_HEADS, INT8_TOKENS = (16, 32, 64), 512  # sizes for which a fused int8 attention kernel exists
 SMALL, USUAL, LARGE = 1, 8, 32  # batches of the optimization profile
+FP8_GPU, FP8_HEADS = 8.9, (8, 256)
 OLD_OPSET, OLD_IR_VERSION = 17, 8  # of TensorRT 8.6
 
 
@@ -66,7 +67,7 @@ class Tensorrt(Target):
         "select-tokens-early": "",  # leaves products of one row, for which there is no integer kernel
         "split-outlier-channels": "equalize-hidden",  # which costs this compiler no kernel
     }
-    integer_kernels: ClassVar[frozenset[str]] = frozenset({"Int8 MatMul", "Int8 Conv"})
+    integer_kernels: ClassVar[frozenset[str]] = frozenset({"Int8 MatMul", "Int8 Conv", "FP8 MatMul", "FP8 Conv"})
     rules: ClassVar[tuple[Rule, ...]] = RULES
 
     def __post_init__(self) -> None:
@@ -96,11 +97,24 @@ class Tensorrt(Target):
         return ",".join(["insert-qdq", *narrow, "legalize"])
 
     def fit(self, spec: QuantSpec) -> QuantSpec:
-        """Signed and symmetric."""
+        """Signed and symmetric; 8-bit floats as they are.
+
+        Raises:
+            RecipeError: the version or the GPU has no 8-bit floats.
+        """
+        if spec.format == "e4m3" and self.version == "8.6":
+            raise RecipeError("TensorRT 8.6 has no 8-bit floats in ONNX: give --trt-version 10, or another recipe")
+        if spec.format == "e4m3" and self.compute_capability is not None and self.compute_capability < FP8_GPU:
+            raise RecipeError(f"compute capability {self.compute_capability} has no 8-bit floats, {FP8_GPU} has: give another recipe")
         return replace(spec, signed=True, symmetric=True)
 
-    def attention_fault(self, head_dim: int, tokens: int) -> str:
+    def attention_fault(self, head_dim: int, tokens: int, spec: QuantSpec) -> str:
         """Why the attention products cannot be quantized in one fused kernel; empty where they can."""
+        if spec.format == "e4m3":
+            fits = FP8_HEADS[0] < head_dim <= FP8_HEADS[1]
+            return (
+                "" if fits else f"there is no fused 8-bit float kernel for heads of {head_dim}, only above {FP8_HEADS[0]} to {FP8_HEADS[1]}"
+            )
         if head_dim not in INT8_HEADS:
             return f"there is no fused int8 kernel for heads of {head_dim}, only of {', '.join(map(str, INT8_HEADS))}"
         return f"there is no fused int8 kernel for {tokens} tokens, only up to {INT8_TOKENS}" if tokens > INT8_TOKENS else ""
@@ -114,12 +128,12 @@ class Tensorrt(Target):
         return changes
 
     def kernels(self, graph: Graph) -> dict[str, str]:
-        """Weight codes -> the matrix product that reads them, ``Int8`` where both operands are integers."""
+        """Weight codes -> the matrix product that reads them, ``Int8`` or ``FP8`` where both operands are."""
         found = {}
         for node in graph.find("MatMul", "Conv", "Gemm"):
             codes = _codes(node.inputs[1])
             if codes is not None:
-                found[codes.name] = f"Int8 {node.op}" if _is_dequantized(node.inputs[0]) else node.op
+                found[codes.name] = f"{'FP8' if codes.dtype == E4M3 else 'Int8'} {node.op}" if _is_dequantized(node.inputs[0]) else node.op
         return found
 
     def command(self, path: Path, inputs: list[InputSpec]) -> str:
