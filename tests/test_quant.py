@@ -11,8 +11,8 @@ from hypothesis.extra.numpy import array_shapes, arrays
 from onnx import helper, numpy_helper
 from onnx.reference import ReferenceEvaluator
 
-from tests.builders import run_model
-from vitq_compiler.quant import QuantParams, QuantSpec, dequantize, fake_quantize, from_range, quantize
+from tests.builders import graph_of, run_model
+from vitq_compiler.quant import E4M3, QuantParams, QuantSpec, dequantize, fake_quantize, from_range, quantize
 
 SPECS = [
     QuantSpec(),

@@ -112,9 +112,7 @@ class Tensorrt(Target):
         """Why the attention products cannot be quantized in one fused kernel; empty where they can."""
         if spec.format == "e4m3":
             fits = FP8_HEADS[0] < head_dim <= FP8_HEADS[1]
-            return (
-                "" if fits else f"there is no fused 8-bit float kernel for heads of {head_dim}, only above {FP8_HEADS[0]} to {FP8_HEADS[1]}"
-            )
+            return "" if fits else f"there is no fused kernel of 8-bit floats for heads of {head_dim}, only above 8 and up to 256"
         if head_dim not in INT8_HEADS:
             return f"there is no fused int8 kernel for heads of {head_dim}, only of {', '.join(map(str, INT8_HEADS))}"
         return f"there is no fused int8 kernel for {tokens} tokens, only up to {INT8_TOKENS}" if tokens > INT8_TOKENS else ""
