@@ -5,6 +5,7 @@
     python -m benchmarks accuracy       how much of a trained model's accuracy is left, on labelled test images
     python -m benchmarks tensorrt       what NVIDIA's compiler makes of graphs for it: fused attention, integer products, kernels
     python -m benchmarks compile-time   what a compile costs: seconds, memory, and each pass
+    python -m benchmarks large          what a model over 2 GB costs: peak memory of a compile
     python -m benchmarks zoo            every architecture through the compiler: what is found, quantized and refused
 
 Each prints Markdown to standard output and how far it is to standard error; ``--json FILE`` writes the same as JSON.
@@ -19,10 +20,10 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from benchmarks import accuracy, compile_time, latency, tensorrt, zoo
+from benchmarks import accuracy, compile_time, large, latency, tensorrt, zoo
 from benchmarks.tables import Report
 
-COMMANDS = {"latency": latency, "accuracy": accuracy, "tensorrt": tensorrt, "compile-time": compile_time, "zoo": zoo}
+COMMANDS = {"latency": latency, "accuracy": accuracy, "tensorrt": tensorrt, "compile-time": compile_time, "large": large, "zoo": zoo}
 
 
 def main(arguments: Sequence[str]) -> int:

@@ -2,6 +2,7 @@
 
     com.microsoft.Attention(x, W, b)   ->   Split(MatMul(x, W) + b), softmax(scale q k^T + mask) v
     com.microsoft.BiasGelu(x, b)       ->   Gelu(x + b)                     and so on; see `vitq_compiler.contrib`
+    Attention(q, k, v)                 ->   softmax(scale q k^T + mask) v   the standard operator, as torch exports it
 
 Only then are the Linear layers inside visible. What cannot be taken apart is refused.
 """
@@ -28,15 +29,16 @@ class UnfuseContribOps(Pass):
     exact = True
 
     def run(self, c: Compilation) -> int:
-        nodes = [node for node in c.graph.nodes if node.domain == DOMAIN and node.op in UNFUSE]
+        nodes = [n for n in c.graph.nodes if (n.domain == DOMAIN and n.op in UNFUSE) or (n.domain != DOMAIN and n.op == "Attention")]
         shapes = _shapes(c, [t.name for n in nodes if n.op in SHAPED for t in n.inputs if t.name and not is_constant(t)])
         for node in nodes:
             try:
                 unfuse(c.graph, node, shapes)
             except MatchFailure as failure:
+                what = f"operator {node.domain or 'ai.onnx'}.{node.op} (node {node.name})"
                 raise ModelError(
-                    f"operator {DOMAIN}.{node.op} (node {node.name}) is fused and cannot be taken apart: {failure.reason}; "
-                    "give the model as it was before onnxruntime's optimizer"
+                    f"{what} is fused and cannot be taken apart: {failure.reason}; "
+                    "give the model as it was before an optimizer, or export with an older opset"
                 ) from None
         c.graph.clean()
         return len(nodes)

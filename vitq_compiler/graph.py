@@ -60,6 +60,8 @@ class Graph:
         for tensor in surgeon.tensors().values():
             if isinstance(tensor, gs.Constant):
                 tensor.values = np.asarray(tensor.values)  # loaded now, so that the ModelProto can be freed
+        # A part of a ModelProto keeps all of it in memory, weights included.
+        surgeon.import_domains = onnx.ModelProto(opset_import=model.opset_import).opset_import
         graph = cls(surgeon, model.ir_version, metadata)
         graph.name_nodes()
         return graph

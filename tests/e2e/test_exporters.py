@@ -113,7 +113,7 @@ def test_transformers(tmp_path: Path, name: str, dynamo: bool) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("dynamo", "opset"), [*((False, n) for n in range(13, 21)), *((True, n) for n in range(18, 24))])
+@pytest.mark.parametrize(("dynamo", "opset"), [*((False, n) for n in range(14, 21)), *((True, n) for n in range(18, 24))])
 def test_every_opset(tmp_path: Path, dynamo: bool, opset: int) -> None:
     assert_compiles(export(plain_vit(), tmp_path / "vit.onnx", dynamo, True, opset))
     assert_compiles(export(transformers_vit("ViT"), tmp_path / "vit.onnx", dynamo, True, opset))
