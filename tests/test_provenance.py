@@ -43,6 +43,14 @@ def test_members_of_attention(report: CompileReport) -> None:
         assert "keeps attention products in float" in row.state
 
 
+def test_parts_of_layers(report: CompileReport) -> None:
+    (convolution,) = rows(report, "Conv")
+    assert convolution.block == "patch_embed"
+    assert convolution.state.startswith("it is part of the patch_embed layer")
+    assert convolution.state.endswith("weight and activation are quantized")
+    assert [row.state.rpartition(", ")[2] for row in rows(report, "Gemm")] == ["whose weight stays in float"]
+
+
 def test_what_canonicalize_took_out(report: CompileReport) -> None:
     assert all("canonicalize took it out" in row.history[0] for row in rows(report, "Dropout"))
     assert all("canonicalize" in row.history[0] for row in rows(report, "Shape")[1:])

@@ -12,6 +12,7 @@ from vitq_compiler.annotations import Annotations
 from vitq_compiler.blocks.patch_embed import patchify_fault
 from vitq_compiler.graph import Graph, Node, is_constant, producer, value
 from vitq_compiler.pipeline import Compilation, Pass, PassResult
+from vitq_compiler.quant import Edge
 from vitq_compiler.report import NodeRow
 
 Reader = tuple[str, int]  # node and input; the empty name stands for the graph and its outputs
@@ -71,6 +72,7 @@ class Provenance:
     def rows(self, c: Compilation) -> tuple[NodeRow, ...]:
         """One row for every node of the input model."""
         blocks = _blocks(c.annotations)
+        layers = {n.name: linear for linear in c.annotations.linears for n in (linear.matmul, linear.add) if n is not None}
         nodes = {n.name: n for n in c.graph.nodes}
         rows = []
         for name, (op, scope) in self.origin.items():
@@ -81,8 +83,13 @@ class Provenance:
                     break
                 chain.append(step.by)
             block = next((blocks[n] for n in chain if n in blocks), "")
-            last = nodes.get(chain[-1])
-            state = _state(c, last, block) if last is not None else ""
+            layer, last = next((layers[n] for n in chain if n in layers), None), nodes.get(chain[-1])
+            if layer is not None:
+                block = block or layer.block or layer.role
+                done = "weight and activation are quantized" if Edge(layer.name, 1) in c.codes else "weight stays in float"
+                state = f"it is part of the {layer.role} layer {layer.name}, whose {done}"
+            else:
+                state = _state(c, last, block) if last is not None else ""
             history += [f"{n.stage} says: {n.reason}" for n in c.notes if n.where in chain[1:] and n.reason not in state]
             rows.append(NodeRow(name, op, scope, block, tuple(history), state))
         return tuple(rows)
