@@ -7,6 +7,7 @@
     python -m benchmarks compile-time   what a compile costs: seconds, memory, and each pass
     python -m benchmarks large          what a model over 2 GB costs: peak memory of a compile
     python -m benchmarks zoo            every architecture through the compiler: what is found, quantized and refused
+    python -m benchmarks repair         what each step of weight repair is worth at 4 and 3 bits, and what it costs
 
 Each prints Markdown to standard output and how far it is to standard error; ``--json FILE`` writes the same as JSON.
 Run from the root of the repository, on an otherwise idle machine.
@@ -20,10 +21,18 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from benchmarks import accuracy, compile_time, large, latency, tensorrt, zoo
+from benchmarks import accuracy, compile_time, large, latency, repair, tensorrt, zoo
 from benchmarks.tables import Report
 
-COMMANDS = {"latency": latency, "accuracy": accuracy, "tensorrt": tensorrt, "compile-time": compile_time, "large": large, "zoo": zoo}
+COMMANDS = {
+    "latency": latency,
+    "accuracy": accuracy,
+    "tensorrt": tensorrt,
+    "compile-time": compile_time,
+    "large": large,
+    "zoo": zoo,
+    "repair": repair,
+}
 
 
 def main(arguments: Sequence[str]) -> int:

@@ -9,7 +9,7 @@ import onnx
 import pytest
 
 from benchmarks import __main__ as program
-from benchmarks import compile_time, latency, tasks
+from benchmarks import compile_time, latency, repair, tasks
 from benchmarks.accuracy import Score, evaluate
 from benchmarks.models import obtain
 from benchmarks.tables import Report, Table, cpu_model, shown, versions
@@ -222,3 +222,23 @@ def test_compile_time_of_a_tiny_model(tiny: Path) -> None:
     assert seconds > 0.1
     assert 20 < peak < 2000
     assert "calibrate" in [cells[0] for cells in passes.rows]
+
+
+# Weight repair
+
+
+def test_the_steps_of_a_pipeline_begin_where_weights_are_fitted() -> None:
+    assert repair.steps("calibrate,compute-qparams,compensate-weights,round-weights{method=gptq}") == [
+        "calibrate,compute-qparams",
+        "calibrate,compute-qparams,compensate-weights",
+        "calibrate,compute-qparams,compensate-weights,round-weights{method=gptq}",
+    ]
+    assert repair.steps("calibrate,compute-qparams") == ["calibrate,compute-qparams"]
+
+
+def test_a_compile_alone_says_what_it_took(tiny: Path, tmp_path: Path) -> None:
+    passes = "calibrate,compute-qparams,compensate-weights"
+    seconds, megabytes = repair.compile_alone(tiny, tmp_path / "out.onnx", passes, {"recipe": "fast-w4a4", "samples": 4, "threads": 1})
+    assert 0 < seconds < 60
+    assert 50 < megabytes < 20_000
+    assert onnx.load(tmp_path / "out.onnx").graph.node

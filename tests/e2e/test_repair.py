@@ -6,10 +6,13 @@ import onnx
 import pytest
 
 from tests.e2e.command import WIDE, write_vit
+from vitq_compiler.catalog import FRONT, load_target
 from vitq_compiler.compiler import compile
 from vitq_compiler.errors import OutputError
 from vitq_compiler.recipe import load_recipe
 from vitq_compiler.report import CompileReport
+
+PLAIN = {"QuantizeLinear", "DequantizeLinear", "Clip"}
 
 
 @pytest.fixture(scope="module")
@@ -51,3 +54,20 @@ def test_a_work_directory_that_is_a_file_is_refused(model: Path, tmp_path: Path)
         compile(model, tmp_path / "out.onnx", work_dir=tmp_path / "work")
     assert (tmp_path / "work").read_text() == "mine"
     assert not (tmp_path / "out.onnx").exists()
+
+
+@pytest.mark.torch
+@pytest.mark.parametrize("bits", ["w4a4", "w3a3"])
+def test_training_adds_to_it(model: Path, tmp_path: Path, bits: str) -> None:
+    """The recipe with fewer steps: the whole of it takes minutes."""
+    recipe = load_recipe(f"best-{bits}")
+    assert recipe.bits == bits
+    options = {"recipe": f"best-{bits}", "samples": 64, "threads": 1}
+    short = recipe.passes.replace("steps=300", "steps=60")
+    fast = recipe.passes.partition(",reconstruct-blocks")[0]
+    whole = [
+        ",".join((FRONT, load_target("onnxruntime").rewrites, passes, load_target("onnxruntime").lowering)) for passes in (fast, short)
+    ]
+    before, after = (compile(model, tmp_path / "out.onnx", passes=passes, **options) for passes in whole)
+    assert quality(after) > quality(before)
+    assert {n.op_type for n in onnx.load(tmp_path / "out.onnx").graph.node} >= PLAIN

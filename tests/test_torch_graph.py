@@ -1,0 +1,118 @@
+"""The torch interpreter: the forward of ONNX Runtime to 1e-5, and gradients that agree with finite differences."""
+
+import numpy as np
+import onnx
+import pytest
+from onnx import helper, numpy_helper
+
+from tests.builders import DIALECTS, Dialect, Sizes, compilation, feed_of, graph_of, run_model, run_passes, vit
+from vitq_compiler.errors import ModelError
+from vitq_compiler.graph import Graph, value
+from vitq_compiler.quant import Edge
+from vitq_compiler.torch_graph import TorchGraph
+
+torch = pytest.importorskip("torch")
+pytestmark = pytest.mark.torch
+FRONT = "canonicalize,recover-layernorm,recover-gelu,separate-linears,annotate"
+RANDOM = np.random.default_rng(0)
+
+
+def forward(graph: Graph, feed: dict[str, np.ndarray]) -> list[np.ndarray]:
+    outputs = TorchGraph(graph)({name: torch.from_numpy(x) for name, x in feed.items()})
+    return [outputs[name].numpy() for name in graph.output_names]
+
+
+def agree(graph: Graph, feed: dict[str, np.ndarray]) -> None:
+    for a, b in zip(run_model(graph, feed), forward(graph, feed), strict=True):
+        np.testing.assert_allclose(b, a, rtol=1e-5, atol=1e-5 * np.abs(a).max())
+
+
+@pytest.mark.parametrize("dialect", DIALECTS)
+@pytest.mark.parametrize("passes", ["", ",fuse-attention,linearize-patch-embedding"])
+def test_whole_models_agree_with_the_runtime(dialect: str, passes: str) -> None:
+    c = compilation(vit(Sizes(layer_scale=True, gelu="tanh" if dialect == "keras" else "erf"), DIALECTS[dialect]))
+    run_passes(c, FRONT + passes)
+    agree(c.graph, feed_of(c.graph))
+
+
+NODES = {
+    "y = Relu(x)": {},
+    "y = HardSwish(x)": {},
+    'y = Gelu <approximate = "tanh"> (x)': {},
+    "y = RMSNormalization <epsilon = 0.01> (x, g)": {"g": RANDOM.normal(size=4)},
+    "y = ReduceMean(x, a)": {"a": np.array([1])},
+    "y = ReduceSum <keepdims = 0> (x, a)": {"a": np.array([-1])},
+    "m = ReduceMean(x) y = Sub(x, m)": {},
+    "s = Slice(x, b, e, a, t) y = Neg(s)": {"b": np.array([2]), "e": np.array([-9]), "a": np.array([1]), "t": np.array([-2])},
+    "y = Slice(x, b, e)": {"b": np.array([0, 1]), "e": np.array([2**62, 3])},
+    "y = Gather <axis = 1> (x, i)": {"i": np.array([[0, -1], [1, 0]])},
+    "u = Unsqueeze(x, a) y = Squeeze(u, a)": {"a": np.array([0, 2])},
+    "f = Flatten <axis = 2> (x) y = Sigmoid(f)": {},
+    "a, b = Split <axis = 1, num_outputs = 2> (x) y = Concat <axis = 2> (b, a)": {},
+    "s = Shape <start = 0, end = 1> (x) t = Concat <axis = 0> (s, r) y = Reshape(x, t)": {"r": np.array([-1])},
+    "s = Shape(x) e = Expand(g, s) y = Mul(x, e)": {"g": RANDOM.normal(size=(1, 4))},
+    "y = Clip(x, l, h)": {"l": np.float32(-0.5), "h": np.float32(0.5)},
+    "z = Mul(x, x) q = Sqrt(z) r = Add(q, o) y = Reciprocal(r)": {"o": np.float32(1)},
+    "e = Exp(x) p = Pow(e, o) y = Tanh(p)": {"o": np.float32(0.5)},
+    "t = Transpose(x) y = Identity(t)": {},
+    "y = Sum(x, x, x)": {},
+    "y = Softmax <axis = 1> (x)": {},
+}
+
+
+@pytest.mark.parametrize("nodes", NODES)
+def test_single_operators_agree_with_the_runtime(nodes: str) -> None:
+    weights = {n: a.astype(np.float32) if a.dtype.kind == "f" else a for n, a in NODES[nodes].items()}
+    graph = graph_of(f"g (float[B, 4, 4] x) => (float y) {{ {nodes} }}", **weights)
+    agree(graph, feed_of(graph))
+
+
+def test_a_patch_convolution_and_gemm_with_all_options() -> None:
+    graph = graph_of(
+        """g (float[B, 2, 6, 6] x) => (float y) {
+            c = Conv <strides = [2, 2], pads = [1, 0, 1, 1], group = 2> (x, w, b)
+            f = Flatten(c) y = Gemm <alpha = 0.5, beta = 2.0, transB = 1> (f, m, d)
+        }""",
+        **{n: RANDOM.normal(size=s).astype(np.float32) for n, s in {"w": (4, 1, 3, 3), "b": 4, "m": (3, 36), "d": 3}.items()},
+    )
+    agree(graph, feed_of(graph))
+
+
+@pytest.mark.parametrize("dialect", [DIALECTS["timm"], DIALECTS["huggingface"]], ids=["timm", "huggingface"])
+@pytest.mark.parametrize("fused", [False, True])
+def test_gradients_agree_with_finite_differences(dialect: Dialect, fused: bool) -> None:
+    """Every weight of a block, in double precision, along a random direction."""
+    c = compilation(vit(Sizes(depth=1), dialect))
+    run_passes(c, FRONT + (",fuse-attention" if fused else ""))
+    function = TorchGraph(c.graph)
+    function._constants = {k: t.double() if torch.is_tensor(t) else t for k, t in function._constants.items()}
+    feed = {name: torch.from_numpy(x).double() for name, x in feed_of(c.graph).items()}
+    weights = {Edge(linear.name, 1): torch.from_numpy(value(linear.weight)).double() for linear in c.annotations.linears}
+    steps = {edge: torch.from_numpy(RANDOM.normal(size=tuple(w.shape))) for edge, w in weights.items()}
+
+    def loss(edge: Edge, amount: float) -> float:
+        taps = {e: (lambda _, w=w, e=e: w + amount * steps[e] * (e == edge)) for e, w in weights.items()}
+        return float(sum(y.square().sum() for y in function(feed, taps).values()))
+
+    trained = {edge: w.clone().requires_grad_() for edge, w in weights.items()}
+    outputs = function(feed, {edge: (lambda _, w=w: w) for edge, w in trained.items()})
+    sum(y.square().sum() for y in outputs.values()).backward()
+    for edge, w in trained.items():
+        slope = (loss(edge, 1e-5) - loss(edge, -1e-5)) / 2e-5
+        assert float((w.grad * steps[edge]).sum()) == pytest.approx(slope, rel=1e-5, abs=1e-8), edge
+
+
+def test_taps_change_what_one_node_reads() -> None:
+    graph = graph_of("g (float[B, 4] x) => (float[B, 4] y) { r = Relu(x) y = Sub(x, r) }")
+    x = torch.full((1, 4), 2.0)
+    subtract = next(n for n in graph.nodes if n.op == "Sub")
+    assert TorchGraph(graph)({"x": x}, {Edge(subtract.name, 1): lambda t: 3 * t})["y"].tolist() == [[-4.0] * 4]
+
+
+def test_an_unknown_operator_is_refused_with_its_name() -> None:
+    node = helper.make_node("Det", ["x"], ["y"], "odd")
+    infos = [helper.make_tensor_value_info("x", 1, [2, 2]), helper.make_tensor_value_info("y", 1, [])]
+    model = helper.make_model(helper.make_graph([node], "g", infos[:1], infos[1:], [numpy_helper.from_array(np.zeros(1), "z")]))
+    onnx.checker.check_model(model)
+    with pytest.raises(ModelError, match="Det node odd"):
+        TorchGraph(Graph.from_proto(model))
