@@ -34,6 +34,7 @@ class Architecture:
         output: of a transformers model, the field of its result that is exported.
         part: of a transformers model, the configuration class where it is not called like the model.
         tokens: length of a text, where the inputs are token ids.
+        fixed: whether the small variant needs pictures of full size.
     """
 
     name: str
@@ -46,10 +47,14 @@ class Architecture:
     output: str = "logits"
     config: str = ""
     tokens: int = 64
+    fixed: bool = False
 
     def side(self, small: bool) -> int:
         """Pixels of a side."""
-        return int(self.small.get("img_size", self.small.get("image_size", SMALL))) if small else int(self.image or 0)
+        if not small or self.fixed:
+            return int(self.image or 0)
+        size = self.small.get("img_size", self.small.get("image_size", SMALL))
+        return int(size[0] if isinstance(size, list) else size)
 
 
 def _timm(
@@ -77,6 +82,21 @@ def _transformers(
     if image is not None:
         sizes, reduced = {"image_size": image, **sizes}, {**reduced, "image_size": SMALL}
     return Architecture(name, family, "transformers", kind, sizes, {**reduced, **(small or {})}, image, output, config)
+
+
+def _pyramid(name: str, *, image: int = 224, small: Options | None = None, sized: bool = False, fixed: bool = False) -> Architecture:
+    """A hierarchical model of timm; ``sized`` and ``fixed``: whether it takes the image size, and has only one."""
+    options = {"img_size": image} if sized else {}
+    reduced = {**({"img_size": SMALL} if sized and not fixed else {}), **(small or {})}
+    return Architecture(name, "hierarchical", "timm", name, options, reduced, image, fixed=fixed)
+
+
+def _stages(
+    name: str, kind: str, small: Options, *, image: int = 224, output: str = "logits", config: str = "", **options: Any
+) -> Architecture:
+    """A hierarchical model of transformers."""
+    reduced = {"image_size": SMALL, **small}
+    return Architecture(name, "hierarchical", "transformers", kind, {"image_size": image, **options}, reduced, image, output, config)
 
 
 FLAT = (
@@ -136,8 +156,67 @@ FLAT = (
     _transformers("hf_distilbert", "DistilBertModel", image=None, output="last_hidden_state", config="DistilBert"),
 )
 
-# Swin, Hiera, PVT, hybrids with convolutions and the like: add them here.
-HIERARCHICAL: tuple[Architecture, ...] = ()
+ONE_EACH = {"depths": (1, 1, 1, 1)}
+TWO_STAGES = {"depths": [2, 2], "num_heads": [2, 4], "embed_dim": 48, "window_size": 4}
+
+HIERARCHICAL = (
+    # windows
+    _pyramid("swin_tiny_patch4_window7_224", sized=True, small={"img_size": 56, "depths": (2, 2), "num_heads": (3, 6)}),
+    _pyramid("swin_s3_tiny_224", sized=True, small={"depths": (2, 2, 1, 1), "img_size": 224}),
+    _pyramid(
+        "swinv2_tiny_window8_256", image=256, sized=True, small={"depths": (2, 2), "num_heads": (3, 6), "embed_dim": 48, "img_size": 64}
+    ),
+    _pyramid("swinv2_cr_tiny_224", sized=True, fixed=True, small=ONE_EACH),
+    _pyramid("twins_svt_small", sized=True, small={"depths": (1, 1, 2, 1)}),
+    _pyramid("davit_tiny", small=ONE_EACH, fixed=True),
+    _pyramid(
+        "samvit_base_patch16", image=512, sized=True, small={"depth": 3, "window_size": 3, "global_attn_indexes": (2,), "img_size": 128}
+    ),
+    _stages("hf_swin", "SwinForImageClassification", TWO_STAGES),
+    _stages("hf_swinv2", "Swinv2ForImageClassification", TWO_STAGES, image=256, window_size=8),
+    _stages(
+        "hf_sam_vision",
+        "SamVisionModel",
+        {"num_hidden_layers": 3, "image_size": 128, "window_size": 3, "global_attn_indexes": [2]},
+        image=512,
+        output="last_hidden_state",
+        config="SamVision",
+    ),
+    # pooled queries, reduced keys and values
+    _pyramid("hiera_tiny_224", sized=True, small={"stages": (1, 2, 2, 1)}),
+    _pyramid("mvitv2_tiny", sized=True),
+    _pyramid("pvt_v2_b1", small=ONE_EACH),
+    _pyramid("pvt_v2_b2_li", small=ONE_EACH),
+    _stages(
+        "hf_hiera",
+        "HieraForImageClassification",
+        {"depths": [1, 2, 2], "num_heads": [1, 2, 4], "embed_dim": 48, "masked_unit_attention": [True, True, False]}
+        | {"image_size": [64, 64], "num_query_pool": 2, "masked_unit_size": [4, 4]},
+        image_size=[224, 224],
+    ),
+    _stages("hf_pvt_v2", "PvtV2ForImageClassification", {"depths": [1, 1, 1, 1]}),
+    _stages("hf_segformer", "SegformerForImageClassification", {"depths": [1, 1, 1, 1]}),
+    _stages("hf_segformer_maps", "SegformerForSemanticSegmentation", {"depths": [1, 1, 1, 1]}, config="Segformer"),
+    _stages("hf_glpn", "GLPNForDepthEstimation", {"depths": [1, 1, 1, 1]}, config="GLPN", output="predicted_depth"),
+    # channels
+    _pyramid("xcit_tiny_12_p16_224", sized=True, small={"depth": 2}),
+    _pyramid("edgenext_x_small"),
+    # with convolutions
+    _pyramid("levit_128s", fixed=True, small={"depth": (1, 1, 1)}),
+    _pyramid("levit_conv_128s", fixed=True, small={"depth": (1, 1, 1)}),
+    _pyramid("tiny_vit_5m_224", fixed=True, small=ONE_EACH),
+    _pyramid("efficientformer_l1", fixed=True, small={"depths": (1, 1, 1, 2)}),
+    _pyramid("efficientformerv2_s0", fixed=True, small={"depths": (1, 1, 2, 2)}),
+    _pyramid("mobilevit_xs"),
+    _pyramid("mobilevitv2_100"),
+    _pyramid("coatnet_nano_rw_224", fixed=True),
+    _pyramid("maxvit_rmlp_pico_rw_256", image=256, fixed=True),
+    _pyramid("efficientvit_b1"),
+    _pyramid("fastvit_sa12"),
+    _stages("hf_levit", "LevitForImageClassification", {"depths": [1, 1, 1], "image_size": 224}),
+    _stages("hf_mobilevit", "MobileViTForImageClassification", {}, config="MobileViT"),
+    _stages("hf_mobilevitv2", "MobileViTV2ForImageClassification", {}, config="MobileViTV2"),
+)
 
 ARCHITECTURES = {architecture.name: architecture for architecture in (*FLAT, *HIERARCHICAL)}
 

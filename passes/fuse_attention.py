@@ -59,18 +59,34 @@ def _fuse(c: Compilation, attention: Attention) -> None:
         if c.graph.is_output(tensor):
             raise MatchFailure(f"{tensor.name} is a graph output", tensor.name)
     mask = [] if attention.mask is None else [_mask(c.graph, attention, attention.mask)]
-    operands = [*_operands(c, attention), *mask]
+    operands = [*(_as_tokens(c.graph, tensor) for tensor in _operands(c, attention)), *mask]
+    merged = attention.proj.input
     output = c.graph.insert(
         "Attention",
         operands,
         name=f"{attention.softmax.name}/attention",
-        like=attention.proj.input,
+        like=merged,
         q_num_heads=attention.heads,
         kv_num_heads=attention.heads,
         scale=float(attention.scale),
     )
-    attention.proj.matmul.inputs[0] = output
     attention.fused = output.inputs[0]
+    if len(merged.shape) > 3:
+        shape = c.graph.constant(f"{output.name}/shape", np.array([-1, *merged.shape[1:]], np.int64))
+        output.shape = [merged.shape[0], *operands[0].shape[1:-1], merged.shape[-1]]
+        output = c.graph.insert("Reshape", [output, shape], name=f"{output.name}/image", like=merged)
+    attention.proj.matmul.inputs[0] = output
+
+
+def _as_tokens(graph: Graph, tensor: Tensor) -> Tensor:
+    """An operand with all axes between batch and features as one."""
+    if len(tensor.shape) == 3:
+        return tensor
+    count = int(np.prod(tensor.shape[1:-1]))
+    shape = graph.constant(f"{tensor.name}/sequence", np.array([-1, count, tensor.shape[-1]], np.int64))
+    sequence = graph.insert("Reshape", [tensor, shape], name=f"{tensor.name}/sequence", like=tensor)
+    sequence.shape = [tensor.shape[0], count, tensor.shape[-1]]
+    return sequence
 
 
 def _mask(graph: Graph, attention: Attention, mask: Tensor) -> Tensor:

@@ -12,6 +12,7 @@ from vitq_compiler.blocks.patch_embed import find_patch_embeddings
 from vitq_compiler.graph import Graph, Node, Tensor, is_constant, producer, readers
 from vitq_compiler.pattern import MatchFailure
 from vitq_compiler.quant import Edge
+from vitq_compiler.views import VIEWS
 
 CLASSWISE = frozenset({"Softmax", "LogSoftmax", "Sigmoid", "Identity", "Add", "Mul", "Div"})  # what may follow a head
 
@@ -104,8 +105,10 @@ def _holds_classes(tensor: Tensor, heads: set[int]) -> bool:
 
 
 def _reading_edge(tensor: Tensor) -> Edge | None:
+    """The first edge that reads ``tensor``, behind layout operations, which lowering may cancel."""
     for reader in readers(tensor):
-        return Edge(reader.name, next(i for i, t in enumerate(reader.inputs) if t is tensor))
+        behind = _reading_edge(reader.outputs[0]) if reader.op in VIEWS else None
+        return behind or Edge(reader.name, next(i for i, t in enumerate(reader.inputs) if t is tensor))
     return None
 
 

@@ -15,7 +15,7 @@ from vitq_compiler.target import Target
 
 FRONT = (
     "unfuse-contrib-ops,canonicalize,recover-layernorm,recover-rmsnorm,recover-gelu,"
-    "separate-linears,unflatten-linears,fold-layer-scale,annotate"
+    "separate-linears,fold-batch-norm,linearize-pointwise,unflatten-linears,fold-layer-scale,annotate"
 )
 
 

@@ -157,7 +157,7 @@ def is_product(tensor: Tensor) -> bool:
 
 
 def _head_view(tensor: Tensor, by_output: dict[int, Linear], *, transposed: bool) -> tuple[HeadView, float]:
-    """``tensor`` [batch, heads, tokens, head_dim] as a view of a Linear output [batch, tokens, features], and its scale.
+    """``tensor`` [batch, heads, tokens, head_dim] as a view of a Linear output [batch, ..., features], and its scale.
 
     Heads may be counted into the batch, or a single head have no axis; a Linear on one token may have no axis for it.
     ``transposed``: tokens and head_dim are exchanged.
@@ -167,10 +167,10 @@ def _head_view(tensor: Tensor, by_output: dict[int, Linear], *, transposed: bool
     if linear is None:
         node = producer(view.source)
         raise MatchFailure(f"an operand comes from {node.op if node else 'a graph input'}, not from a Linear", node.name if node else "")
-    if len(view.source_shape) not in (2, 3):
+    if len(view.source_shape) < 2:
         raise MatchFailure(f"an operand is viewed from {len(view.source_shape)} axes", linear.name)
     batch, features = view.source_shape[0], view.source_shape[-1]
-    tokens = view.source_shape[1] if len(view.source_shape) == 3 else 1
+    tokens = int(np.prod(view.source_shape[1:-1]))
     index = view.index.swapaxes(-1, -2) if transposed else view.index
     if index.ndim == 3 and index.shape[0] % batch == 0:
         index = index.reshape(batch, -1, *index.shape[1:])
@@ -187,20 +187,19 @@ def _head_view(tensor: Tensor, by_output: dict[int, Linear], *, transposed: bool
 
 def _projection(context: Node, heads: int, by_matmul: dict[int, Linear]) -> Linear:
     tensor = context.outputs[0]
-    for _ in range(4):
+    for _ in range(6):
         node = _only_reader(tensor, "Transpose", "Reshape", "MatMul", "Identity")
         if node.op == "MatMul":
             linear = by_matmul.get(id(node))
             if linear is None or node.inputs[0] is not tensor:
                 break
             view = trace(tensor, rows=BATCH * heads if len(context.outputs[0].shape or ()) == 3 else BATCH)
-            if view.source is not context.outputs[0] or view.index.ndim != 3:
+            if view.source is not context.outputs[0] or view.index.ndim < 3:
                 break
-            batch, tokens, features = view.index.shape
-            merged = (
-                np.arange(view.index.size).reshape(batch, heads, tokens, features // heads).swapaxes(1, 2).reshape(batch, tokens, features)
-            )
-            if not np.array_equal(view.index, merged):
+            batch, features = view.index.shape[0], view.index.shape[-1]
+            tokens = int(np.prod(view.index.shape[1:-1]))
+            merged = np.arange(view.index.size).reshape(batch, heads, tokens, -1).swapaxes(1, 2).reshape(batch, tokens, features)
+            if not np.array_equal(view.index.reshape(merged.shape), merged):
                 raise MatchFailure("the heads are not merged in order", node.name)
             return linear
         tensor = node.outputs[0]

@@ -46,7 +46,7 @@ class Onnxruntime(Target):
                 c.warnings.append(f"{linear.name}: {reason}; it stays a MatMul, which is a little slower")
             else:
                 changes += 1
-        return changes + _keep_apart(c.graph) + flatten_stream(c.graph)
+        return changes + _keep_apart(c.graph) + flatten_stream(c.graph) + _shield_quantizers(c.graph)
 
 
 def _keep_apart(graph: Graph) -> int:
@@ -57,6 +57,20 @@ def _keep_apart(graph: Graph) -> int:
         if add is not None and add.op == "Add":
             add.op = "Sum"
             changes += 1
+    return changes
+
+
+def _shield_quantizers(graph: Graph) -> int:
+    """A Reshape between Gemm and QuantizeLinear where others read the Gemm too: else the runtime finds no integer kernel for it."""
+    changes = 0
+    for node in graph.find("Gemm"):
+        product = node.outputs[0]
+        if len(product.outputs) < 2 or not any(reader.op == "QuantizeLinear" for reader in product.outputs):
+            continue
+        shape = graph.constant(f"{product.name}/same", np.array([-1, product.shape[-1]], np.int64))
+        same = graph.insert("Reshape", [product, shape], name=f"{product.name}/shield", like=product)
+        graph.replace(product, same, only=lambda reader: reader.op == "QuantizeLinear")
+        changes += 1
     return changes
 
 
