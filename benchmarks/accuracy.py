@@ -38,6 +38,9 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--seed", type=int, default=0, help="of the choice of samples [0]")
     parser.add_argument("--recipe", default="w8a8", help="of vitq [w8a8]")
     parser.add_argument("--target", default="onnxruntime", choices=["onnxruntime", "tensorrt"], help="of vitq [onnxruntime]")
+    parser.add_argument(
+        "--float-type", choices=["fp32", "fp16"], help="of what target tensorrt does not quantize [fp16; fp32 runs faster here]"
+    )
     parser.add_argument("--attention", choices=["float", "int8"], help="operands of the attention products, of vitq [the recipe's choice]")
     parser.add_argument("--threads", type=int, default=0, metavar="N", help="of the runtime; 0 for all cores [0]")
     parser.add_argument("--compare", action="store_true", help="measure the graphs of onnxruntime.quantization too")
@@ -102,7 +105,13 @@ def measure_task(task: Task, options: argparse.Namespace) -> Table:
             del train
         say(f"{task.name}: compile ...")
         same: dict[str, Any] = {"preprocess": task.preprocess, "samples": options.samples, "seed": options.seed}
-        chosen: dict[str, Any] = {"recipe": options.recipe, "target": options.target, "attention": options.attention}
+        narrow = {"float_type": options.float_type} if options.float_type else None
+        chosen: dict[str, Any] = {
+            "target_options": narrow,
+            "recipe": options.recipe,
+            "target": options.target,
+            "attention": options.attention,
+        }
         report = compile(model, compiled, calibration=source, threads=options.threads, **chosen, **same)
         graphs = {"float": model, "vitq": compiled}
         if options.compare:
