@@ -1,4 +1,7 @@
-"""Ranges and specs -> scales and zero points."""
+"""Ranges and specs -> scales, zero points and curves, such that the whole calibrated range is covered.
+
+Weights are covered too, or with ``weights=mse`` clipped where that makes their squared error smaller.
+"""
 
 from __future__ import annotations
 
@@ -9,6 +12,8 @@ import numpy as np
 from vitq_compiler.graph import Node, is_constant, value
 from vitq_compiler.pipeline import Compilation, Fact, Pass
 from vitq_compiler.quant import QuantParams, QuantSpec, from_range
+from vitq_compiler.quantizer import quantizer_for
+from vitq_compiler.weight_scales import fit_scales
 
 
 @dataclass(frozen=True)
@@ -19,19 +24,26 @@ class ComputeQparams(Pass):
     requires = frozenset({Fact.CALIBRATED})
     provides = frozenset({Fact.QPARAMS})
     edits = False
+    weights: str = "minmax"
+
+    def __post_init__(self) -> None:
+        if self.weights not in ("minmax", "mse"):
+            raise ValueError(f"weights must be minmax or mse, got {self.weights}")
 
     def run(self, c: Compilation) -> int:
         for edge, spec in c.specs.items():
             node = c.graph.node(edge.node)
             tensor = node.inputs[edge.index]
             if is_constant(tensor):
-                c.params[edge] = weight_params(node, spec)
+                matrix = node.op == "MatMul"  # a kernel of a convolution is covered
+                fit = self.weights == "mse" and matrix
+                c.params[edge] = fit_scales(value(tensor), spec, np.ones(tensor.shape[0])) if fit else weight_params(node, spec)
             else:
                 seen = c.table.statistics[tensor.name]
                 low, high = seen.low.min(), seen.high.max()
                 if spec.format == "e4m3" and tensor.inputs and tensor.inputs[0].op == "Softmax":
                     low, high = np.float32(0), np.float32(1)  # the scale 1/448, which fused attention kernels are made for
-                c.params[edge] = from_range(low, high, spec)
+                c.params[edge] = quantizer_for(spec).from_range(float(low), float(high), spec)
         return len(c.specs)
 
 

@@ -33,7 +33,7 @@ def insert_qdq(graph: Graph, params: Mapping[Edge, QuantParams], rounding: Mappi
     Returns:
         Weight edge -> name of the initializer that holds its codes.
     """
-    dequantized: dict[tuple[str, float, int, int, int], Tensor] = {}
+    dequantized: dict[tuple[Any, ...], Tensor] = {}
     stored: dict[Edge, str] = {}
     nodes = {node.name: node for node in graph.nodes}
     for edge, numbers in params.items():
@@ -44,7 +44,7 @@ def insert_qdq(graph: Graph, params: Mapping[Edge, QuantParams], rounding: Mappi
             node.inputs[edge.index] = dequantize_constant(graph, tensor.name, codes, numbers)
             stored[edge] = node.inputs[edge.index].inputs[0].inputs[0].name
             continue
-        key = (tensor.name, float(numbers.scale), int(numbers.zero_point), numbers.quant_min, numbers.quant_max)
+        key = (tensor.name, float(numbers.scale), int(numbers.zero_point), numbers.quant_min, numbers.quant_max, numbers.curve)
         if key not in dequantized:
             dequantized[key] = quantize_activation(graph, tensor, numbers)
         node.inputs[edge.index] = dequantized[key]
@@ -66,11 +66,13 @@ def quantized_weight(c: Compilation, edge: Edge, weight: NDArray[np.float32]) ->
 
 
 def quantize_activation(graph: Graph, tensor: Tensor, params: QuantParams) -> Tensor:
-    """``tensor`` behind a QuantizeLinear and a DequantizeLinear with shared scale and zero point.
+    """``tensor`` behind a QuantizeLinear and a DequantizeLinear with shared scale and zero point, and its curve around them.
 
     Fewer than 8 bits are exact in the 8-bit container: a Clip to the values of the first and last code comes before.
     """
-    if params.format == "int" and params.quant_max < np.iinfo(params.dtype).max:
+    if params.curve is not None:
+        tensor = params.curve.emit(graph, tensor)
+    elif params.format == "int" and params.quant_max < np.iinfo(params.dtype).max:
         ends = [
             graph.constant(f"{tensor.name}/{n}", dequantize(np.asarray(code), params))
             for n, code in (("low", params.quant_min), ("high", params.quant_max))
@@ -80,7 +82,8 @@ def quantize_activation(graph: Graph, tensor: Tensor, params: QuantParams) -> Te
     zero_point = graph.constant(f"{tensor.name}/zero_point", params.zero_point.astype(params.dtype))
     codes = graph.insert("QuantizeLinear", [tensor, scale, zero_point], name=f"{tensor.name}/q")
     codes.dtype, codes.shape = params.dtype, tensor.shape
-    return graph.insert("DequantizeLinear", [codes, scale, zero_point], name=f"{tensor.name}/dq", like=tensor)
+    result = graph.insert("DequantizeLinear", [codes, scale, zero_point], name=f"{tensor.name}/dq", like=tensor)
+    return result if params.curve is None else params.curve.emit_inverse(graph, result)
 
 
 def dequantize_constant(graph: Graph, name: str, codes: Codes, params: QuantParams) -> Tensor:

@@ -1,20 +1,25 @@
-"""Uniform affine quantization in numpy: what to do (`QuantSpec`), with which numbers (`QuantParams`), and the arithmetic.
+"""Quantization in numpy: what to do (`QuantSpec`), with which numbers (`QuantParams`), and the arithmetic.
 
-    code(x) = clip(round_half_even(x / scale) + zero_point, quant_min, quant_max)
-    dequantize(code) = scale * (code - zero_point)
+    code(x) = clip(round_half_even(f(x) / scale) + zero_point, quant_min, quant_max)
+    dequantize(code) = f^-1(scale * (code - zero_point))
 
-This is what QuantizeLinear and DequantizeLinear compute (ONNX operator specification), so a fake-quantized value here
-is the value the integer graph sees.
+f is the identity for affine quantization: what QuantizeLinear and DequantizeLinear compute (ONNX operator specification),
+so a fake-quantized value here is the value the integer graph sees. Any other quantizer is a `Curve` around the same two
+operators (companding).
 """
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import ml_dtypes
 import numpy as np
 from numpy.typing import NDArray
+
+if TYPE_CHECKING:
+    from vitq_compiler.graph import Graph, Tensor
 
 Float = NDArray[np.floating[Any]]
 Format = Literal["int", "e4m3"]
@@ -43,6 +48,10 @@ class QuantSpec:
         granularity: one scale for the tensor, or one per output channel (shape [channels]).
         format: ``int``, or ``e4m3``: 8-bit floats with a sign, 4 bits of exponent and 3 of mantissa, up to 448, none infinite
             (arXiv 2209.05433); ``bits``, ``signed`` and ``symmetric`` say nothing then.
+        quantizer: how the codes are spread over the range, a name of `vitq_compiler.quantizers`.
+        base: of the log quantizers: ratio of neighbouring values; 0 leaves it to the search.
+        shift: of the shifted log: what is added before the logarithm; 0 leaves it to the search.
+        zero: of the log quantizer: its smallest code stands for zero rather than for the smallest power.
     """
 
     bits: int = 8
@@ -50,12 +59,20 @@ class QuantSpec:
     symmetric: bool = False
     granularity: Granularity = "per_tensor"
     format: Format = "int"
+    quantizer: str = "affine"
+    base: float = 0.0
+    shift: float = 0.0
+    zero: bool = False
 
     def __post_init__(self) -> None:
         if not 2 <= self.bits <= 8:
             raise ValueError(f"bits must be 2 to 8, got {self.bits}")
         if self.format not in ("int", "e4m3"):
             raise ValueError(f"format must be int or e4m3, got {self.format!r}")
+        if self.base != 0 and not 1 < self.base <= 16:
+            raise ValueError(f"base must be above 1 and at most 16, or 0 to search it, got {self.base}")
+        if self.shift < 0:
+            raise ValueError(f"shift must not be negative, got {self.shift}")
 
     @property
     def quant_min(self) -> int:
@@ -65,6 +82,26 @@ class QuantSpec:
     @property
     def quant_max(self) -> int:
         return (1 << (self.bits - 1 if self.signed else self.bits)) - 1
+
+
+class Curve(ABC):
+    """A rising map f; the codes of a tensor lie evenly on f(x). Numpy here is the truth that the emitted operators follow."""
+
+    @abstractmethod
+    def forward(self, x: Float) -> Float:
+        """f(x), float32."""
+
+    @abstractmethod
+    def inverse(self, t: Float) -> Float:
+        """The value that ``t`` stands for, float32."""
+
+    @abstractmethod
+    def emit(self, graph: Graph, tensor: Tensor) -> Tensor:
+        """Standard operators for `forward`, such that QuantizeLinear needs no Clip before it."""
+
+    @abstractmethod
+    def emit_inverse(self, graph: Graph, tensor: Tensor) -> Tensor:
+        """Standard operators for `inverse`."""
 
 
 @dataclass(frozen=True)
@@ -78,6 +115,7 @@ class QuantParams:
         quant_min: smallest code.
         quant_max: largest code.
         format: of the codes, see `QuantSpec`.
+        curve: what the codes lie evenly on; None: the values themselves.
     """
 
     scale: NDArray[np.float32]
@@ -86,6 +124,7 @@ class QuantParams:
     quant_min: int
     quant_max: int
     format: Format = "int"
+    curve: Curve | None = None
 
     def __post_init__(self) -> None:
         if self.scale.shape != self.zero_point.shape or self.scale.ndim != (0 if self.axis is None else 1):
@@ -157,7 +196,8 @@ def quantize(x: Float, params: QuantParams) -> NDArray[Any]:
     scale, zero_point = _spread(params, x.ndim)
     if params.format == "e4m3":
         return np.asarray(np.clip(np.asarray(x, np.float32) / scale, params.quant_min, params.quant_max).astype(params.dtype))
-    codes = np.rint(np.asarray(x, np.float32) / scale) + zero_point
+    t = np.asarray(x, np.float32) if params.curve is None else params.curve.forward(np.asarray(x, np.float32))
+    codes = np.rint(t / scale) + zero_point
     clipped: NDArray[Any] = np.clip(codes, params.quant_min, params.quant_max).astype(params.dtype)
     return clipped
 
@@ -167,7 +207,8 @@ def dequantize(codes: NDArray[Any], params: QuantParams) -> NDArray[np.float32]:
     scale, zero_point = _spread(params, codes.ndim)
     if params.format == "e4m3":
         return codes.astype(np.float32) * scale
-    return ((codes.astype(np.int32) - zero_point) * scale).astype(np.float32)
+    t = ((codes.astype(np.int32) - zero_point) * scale).astype(np.float32)
+    return t if params.curve is None else np.asarray(params.curve.inverse(t), np.float32)
 
 
 def fake_quantize(x: Float, params: QuantParams) -> NDArray[np.float32]:

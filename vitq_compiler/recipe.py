@@ -25,6 +25,7 @@ from vitq_compiler.blocks.attention import OPERANDS
 from vitq_compiler.blocks.linear import ROLES
 from vitq_compiler.errors import RecipeError
 from vitq_compiler.quant import QuantSpec
+from vitq_compiler.registry import names
 
 Differences = Mapping[str, Any]  # fields of a QuantSpec
 SIDES = ("weight", "activation")
@@ -220,6 +221,10 @@ def _spec(name: str, key: str, table: Any, base: QuantSpec | None = None) -> Qua
             raise RecipeError(f"recipe {name}: {key}.{option} cannot be {value!r}, it needs type {type(known[option].default).__name__}")
     if table.get("granularity", "per_tensor") not in ("per_tensor", "per_channel"):
         raise RecipeError(f"recipe {name}: {key}.granularity must be per_tensor or per_channel")
+    if (quantizer := table.get("quantizer", "affine")) not in names("quantizers"):
+        raise RecipeError(f"recipe {name}: {key}.quantizer {quantizer!r} is unknown, known are {', '.join(names('quantizers'))}")
+    if key.endswith("weight") and quantizer != "affine":
+        raise RecipeError(f"recipe {name}: {key}.quantizer must be affine: weights are stored as codes of integer kernels")
     try:
         return replace(base or QuantSpec(), **table)
     except ValueError as error:

@@ -39,7 +39,7 @@ class Onnxruntime(Target):
         changes = 0
         for linear in c.annotations.linears:
             activation = c.params.get(Edge(linear.name, 0))
-            if activation is None:
+            if activation is None or activation.curve is not None:  # codes on a curve are no operand of an integer kernel
                 continue
             reason = _to_gemm(c.graph, linear, activation, c.params[Edge(linear.name, 1)], flat)
             if reason:
