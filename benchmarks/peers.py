@@ -13,6 +13,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
+from typing import Any
 
 from onnxruntime.quantization import CalibrationDataReader, QuantType, quantize_dynamic, quantize_static
 from onnxruntime.quantization.shape_inference import quant_pre_process
@@ -66,6 +67,13 @@ def quantize(kind: str, prepared: Path, output: Path, feeds: Iterable[Feed]) -> 
     only = {"op_types_to_quantize": matmuls, "extra_options": {"OpTypesToExcludeOutputQuantization": matmuls}} if kind == "tuned" else {}
     types = {"activation_type": QuantType.QUInt8, "weight_type": QuantType.QInt8}
     quantize_static(prepared, output, _Reader(feeds), per_channel=True, **types, **only)
+    return output
+
+
+def quantize_as(activation: str, prepared: Path, output: Path, feeds: Iterable[Feed], **options: Any) -> Path:
+    """``quantize_static`` with int8 weights per channel, a type of activations by name, and any other of its options."""
+    types = {"activation_type": QuantType[activation], "weight_type": QuantType.QInt8}
+    quantize_static(prepared, output, _Reader(feeds), per_channel=True, **types, **options)
     return output
 
 

@@ -41,8 +41,9 @@ def _float_biases(model: Model, platform: Platform) -> Iterator[Fault]:
 
 def _float_activations(model: Model, platform: Platform) -> Iterator[Fault]:
     for node in _integer_gemms(model):
-        if not _is_dequantized(node.input(0), TensorProto.UINT8):
-            yield Fault(node, "an integer weight, but no UINT8 activation")
+        activation = node.input(0)
+        if activation is None or not is_dequantize(activation.producer):
+            yield Fault(node, "an integer weight, but a float activation")
 
 
 RULES = (
