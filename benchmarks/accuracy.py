@@ -6,6 +6,7 @@ SQNR        signal to quantization noise in dB, over all images: of the logits (
 
 Float and integer graphs see the same images, in batches: memory does not grow with their number. Calibration is on training
 images, or on the pictures built into vitq; ``--compare`` gives the same to onnxruntime.quantization. Nothing is tuned here.
+Several recipes stand in one table, with the seconds of each compile.
 Models and data are described in benchmarks/tasks.py.
 """
 
@@ -36,7 +37,8 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--calibration", choices=["train", "builtin"], default="train", help="training images or built-in ones [train]")
     parser.add_argument("--samples", type=int, default=32, metavar="N", help="calibration samples [32]")
     parser.add_argument("--seed", type=int, default=0, help="of the choice of samples [0]")
-    parser.add_argument("--recipe", default="w8a8", help="of vitq [w8a8]")
+    parser.add_argument("--recipe", nargs="+", default=["w8a8"], help="of vitq [w8a8]")
+    parser.add_argument("--bits", metavar="wNaM", help="of weights and activations [the recipe's]")
     parser.add_argument("--target", default="onnxruntime", choices=["onnxruntime", "tensorrt"], help="of vitq [onnxruntime]")
     parser.add_argument(
         "--float-type", choices=["fp32", "fp16"], help="of what target tensorrt does not quantize [fp16; fp32 runs faster here]"
@@ -98,39 +100,54 @@ def measure_task(task: Task, options: argparse.Namespace) -> Table:
     order = (task.order() if task.order else np.arange(len(tests)))[: options.images or task.count]
     floating = runtime.session(model, threads=options.threads)
     with tempfile.TemporaryDirectory() as temporary:
-        source, compiled = None, Path(temporary) / "vitq.onnx"
+        source = None
         if train is not None:
             source = Path(temporary) / "calibration.npz"
             write_calibration(task, train, floating.get_inputs()[0].name, options.samples, options.seed, source)
             del train
-        say(f"{task.name}: compile ...")
         same: dict[str, Any] = {"preprocess": task.preprocess, "samples": options.samples, "seed": options.seed}
         narrow = {"float_type": options.float_type} if options.float_type else None
         chosen: dict[str, Any] = {
             "target_options": narrow,
-            "recipe": options.recipe,
+            "bits": options.bits,
             "target": options.target,
             "attention": options.attention,
         }
-        report = compile(model, compiled, calibration=source, threads=options.threads, **chosen, **same)
-        graphs = {"float": model, "vitq": compiled}
+        graphs, reports = {"float": model}, {}
+        for recipe in options.recipe:
+            say(f"{task.name}: compile with {recipe} ...")
+            name = "vitq" if len(options.recipe) == 1 else f"vitq {recipe}"
+            graphs[name] = Path(temporary) / f"{len(graphs)}.onnx"
+            given = {"calibration": source, "threads": options.threads, "recipe": recipe, **chosen, **same}
+            reports[name] = compile(model, graphs[name], **given)
         if options.compare:
             graphs |= quantize_all(model, Path(temporary), lambda: calibration_feeds(model, source, **same))
         sizes = {name: path.stat().st_size / 1e6 for name, path in graphs.items()}
         sessions = {name: floating if name == "float" else runtime.session(path, threads=options.threads) for name, path in graphs.items()}
     scores = evaluate(task, sessions, tests, labels, order)
     rows: list[tuple[Cell, ...]] = [
-        (name, score.right / score.images, score.agreeing / score.images, score.sqnr if name != "float" else None, sizes[name])
+        (
+            name,
+            score.right / score.images,
+            score.agreeing / score.images,
+            score.sqnr if name != "float" else None,
+            sizes[name],
+            reports[name].seconds if name in reports else None,
+        )
         for name, score in scores.items()
     ]
-    plan = f"Recipe {report.recipe} for {report.target}{f', attention {options.attention}' if options.attention else ''}"
+    report = reports[next(iter(reports))]
+    attention = f", attention {options.attention}" if options.attention else ""
+    plans = [
+        f"{r.recipe} at {r.bits}{f' ({r.definition})' if r.definition else ''}: {r.integer} of {len(r.linears)}" for r in reports.values()
+    ]
     calibration = f"{report.data.calibration_samples} {'training images' if source else 'built-in pictures'}, seed {options.seed}"
     return Table(
         f"Accuracy of {task.name}{f' ({options.file.name})' if options.file else ''}, {len(order)} test images",
-        ("graph", "top-1", "agreement", f"SQNR of {task.compared}, dB", "file, MB"),
+        ("graph", "top-1", "agreement", f"SQNR of {task.compared}, dB", "file, MB", "compile, s"),
         tuple(rows),
-        (f"Calibration: {calibration}. {plan}: {report.integer} of {len(report.linears)} layers in integer kernels.",),
-        {"top-1": ".4f", "agreement": ".4f"},
+        (f"Calibration: {calibration}. Target {report.target}{attention}; layers in integer kernels: {'; '.join(plans)}.",),
+        {"top-1": ".4f", "agreement": ".4f", "compile, s": ".1f"},
     )
 
 
