@@ -28,6 +28,7 @@ from vitq_compiler.provenance import Provenance
 from vitq_compiler.quant import Edge
 from vitq_compiler.recipe import load_recipe
 from vitq_compiler.report import CompileReport, DataRow, GateRow, LatencyRow, LinearRow, NoteRow, OutputRow, PassRow, Validation
+from vitq_compiler.token_ids import id_limits
 from vitq_compiler.verify import Dump, Parity, Structure
 
 PROBE_SAMPLES = 2
@@ -123,6 +124,7 @@ def compile(
         validation_samples=max(16, samples // 2),
         batch_size=batch_size,
         seed=seed,
+        ids=id_limits(graph),
     )
     c = Compilation(graph, plan, chosen, data, threads=threads, progress=progress, device=device, work_dir=work_dir)
     progress("reading", 1, 1)

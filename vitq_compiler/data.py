@@ -1,4 +1,4 @@
-"""Samples for calibration and validation: a folder of images, a .npz or .npy file, or built-in images.
+"""Samples for calibration and validation: a folder of images, a .npz or .npy file, built-in images, or random token ids.
 
 Every sample is read once when the data is opened: what cannot be decoded is named and replaced by the next one there and
 then, so that counts are exact before the first batch. After that samples are read batch by batch as they are asked for;
@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 import re
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import lru_cache, partial
 from itertools import count
@@ -38,6 +38,7 @@ _IMAGE_NAME = re.compile(
     r"[^.].*\.(apng|avif|bmp|dds|dib|gif|hei[cf]|ico|j2k|jfif|jp2|jpe?g?|jpx|jxl|p[bgnp]m|pcx|png|psd|qoi|sgi|tga|tiff?|webp)",
     re.IGNORECASE | re.DOTALL,
 )
+_TOKENS = 64  # of a made-up text, where the model leaves its length open
 _CACHE_BYTES = 32 << 20  # of decoded pictures: some 200 at 224 x 224
 _CASTS = {"f": "fiu", "i": "iub", "u": "iub", "b": "b"}  # kind of the model's dtype -> kinds of arrays that may become it
 
@@ -81,6 +82,7 @@ def open_data(
     validation_samples: int = 16,
     batch_size: int = 8,
     seed: int = 0,
+    ids: Mapping[str, int] | None = None,
 ) -> Data:
     """Open calibration data.
 
@@ -95,6 +97,7 @@ def open_data(
         validation_samples: to validate on, at least 0.
         batch_size: samples in a batch, at least 1.
         seed: of the choice of samples, and of built-in images.
+        ids: inputs that random integers will do for: name -> how many numbers from 0 there are to draw from; 0 gives ones.
 
     Raises:
         DataError: there is nothing usable in ``source``, or it does not fit the inputs.
@@ -109,9 +112,12 @@ def open_data(
     unit, batch_size = (int(min(fixed)),) * 2 if fixed else (1, batch_size)
     calibrating, validating = max(1, samples // unit), max(1, validation_samples // unit) if validation_samples else 0  # in units
     notes = []
-    if source is None:
+    made_up = source is None and any(spec.name in (ids or {}) for spec in inputs)
+    if made_up:
+        notes.append("calibrated on random token ids: real inputs give better ranges; pass a .npz with an array for each input")
+    elif source is None:
         notes.append("calibrated on built-in images: pictures like those the model will see give better ranges; pass a folder of them")
-    pool = _open_pool(source, inputs, preprocess, seed)
+    pool = _made_up_pool(inputs, preprocess, seed, ids or {}) if made_up else _open_pool(source, inputs, preprocess, seed)
     chosen, skipped = _choose(pool, (calibrating + validating) * unit)
     if not chosen and skipped:
         tried = f"{source}: none of {len(skipped)} image files can be read ({skipped[0][0]}: {skipped[0][1]})"
@@ -238,9 +244,34 @@ def _open_pool(source: Path | None, inputs: Sequence[InputSpec], preprocess: Pre
         raise DataError(f"{source or 'built-in images'}: the model takes [{names}], not one image; pass a .npz with an array for each name")
     if source:
         return _folder_pool(source, inputs[0], preprocess, seed)
-    read = _PictureReader(lambda index: Image.fromarray(dead_leaves(index, *size, seed)), str, inputs[0], preprocess)
+    return _Pool({inputs[0].name: _image_reader(inputs[0], preprocess, seed)}, count(), str, "built-in images")
+
+
+def _made_up_pool(inputs: Sequence[InputSpec], preprocess: Preprocess, seed: int, ids: Mapping[str, int]) -> _Pool:
+    """Built-in images and random token ids, for a model that takes nothing else."""
+    readers: dict[str, Reader] = {}
+    for number, spec in enumerate(inputs):
+        if spec.name in ids:
+            readers[spec.name] = partial(_random_ids, spec, ids[spec.name], (seed, number))
+        elif _channel_axis(spec):
+            readers[spec.name] = _image_reader(spec, preprocess, seed)
+        else:
+            shown = f"input {spec.name} {_shown(spec.dtype, spec.shape)}"
+            raise DataError(f"built-in samples: {shown} is neither an image nor token ids; pass a .npz with an array for each input")
+    return _Pool(readers, count(), str, "random token ids" if len(ids) == len(inputs) else "built-in images with random token ids")
+
+
+def _random_ids(spec: InputSpec, limit: int, seed: tuple[int, int], index: int) -> Array:
+    """Random numbers below ``limit``; ones where it is 0, as a mask that hides nothing."""
+    shape = [int(size) or _TOKENS for size in spec.shape[1:]]
+    drawn = np.random.default_rng((*seed, index)).integers(0, limit, shape) if limit else np.ones(shape)
+    return drawn.astype(spec.dtype)
+
+
+def _image_reader(spec: InputSpec, preprocess: Preprocess, seed: int) -> _PictureReader:
+    read = _PictureReader(lambda index: Image.fromarray(dead_leaves(index, *size, seed)), str, spec, preprocess)
     size = preprocess.resized(read.height, read.width, read.height, read.width)  # between resize and crop: no resize blurs them
-    return _Pool({inputs[0].name: read}, count(), str, "built-in images")
+    return read
 
 
 def _folder_pool(source: Path, spec: InputSpec, preprocess: Preprocess, seed: int) -> _Pool:
