@@ -30,6 +30,7 @@ Examples:
   vitq-compile vit.onnx -o small.onnx --calibration photos/ --samples 128
   vitq-compile vit.onnx --exclude 'mlp/fc2' --min-sqnr 25 --report vit.json
   vitq-compile vit.onnx --explain 'attention 7'          why is this block what it is?
+  vitq-compile --diagnose --sensitivity vit.onnx         where does the error come from, and what helps?
   vitq-compile --check int8.onnx --target tensorrt       what will TensorRT refuse, misread or run slowly?
   vitq-compile --print-pipeline                          to edit, and to give back with --passes
 
@@ -131,6 +132,8 @@ OPTIONS = [
     Option(OUTPUT, "-o", "--output", type=PATH, metavar="OUT.onnx", help="The integer graph.  [default: MODEL_int8.onnx beside the model]"),
     Option(OUTPUT, "--report", type=PATH, metavar="FILE.json", help="Write all that is known of the compile; - is standard output."),
     Option(OUTPUT, "--inspect", **FLAG, help="Print the blocks found and what would become integer, and stop; --report then writes that."),
+    Option(OUTPUT, "--diagnose", **FLAG, help="Print outliers, idle heads and which exact rewrites help, and stop; --report as above."),
+    Option(OUTPUT, "--sensitivity", **FLAG, help="With --diagnose: quantize each role and block alone too, and print the error it makes."),
     Option(
         OUTPUT,
         "--explain",

@@ -31,6 +31,11 @@ STDOUT = Path("-")
 SAME_NAMES: tuple[str, ...] = ("recipe", "bits", "definition", "target", "calibration", "samples", "batch_size", "preprocess")
 SAME_NAMES += ("attention", "exclude", "passes", "min_sqnr", "min_agreement", "dump_after", "seed", "threads", "device", "work_dir")
 
+# Those that `diagnose` takes, and those that make no sense beside it, as it writes no graph.
+DIAGNOSE_NAMES: tuple[str, ...] = ("recipe", "bits", "definition", "target", "attention", "calibration", "samples", "batch_size")
+DIAGNOSE_NAMES += ("preprocess", "exclude", "seed", "threads")
+COMPILE_ONLY = ("inspect", "check", "output", "explain", "passes", "dump_after", "min_sqnr", "min_agreement", "no_output_on_failure")
+
 # Those that are fields of a target.
 TARGET_OPTIONS = {"trt_version": "version", "float_type": "float_type", "compute_capability": "compute_capability"}
 
@@ -126,6 +131,7 @@ def _main(**given: Any) -> int:
     if (listing := _listing(given)) is not None:
         click.echo("\n".join(listing))
         return OK
+    _check_diagnose(given)
     if given["model"] is None:
         raise click.UsageError("MODEL.onnx is missing")
     if given["check"]:
@@ -133,6 +139,8 @@ def _main(**given: Any) -> int:
     output: Path = given["output"] or _default_output(given["model"])
     if given["inspect"]:
         return _inspect(given, output)
+    if given["diagnose"]:
+        return _diagnose(given, output)
     _check_report(given["report"], output, given["model"])
     return _compile(given, output)
 
@@ -216,6 +224,40 @@ def _inspect(given: dict[str, Any], output: Path) -> int:
         write_text(structure.to_json(), given["report"])
     if not given["quiet"]:
         show_structure(structure, console_for(sys.stdout), 2 if given["verbose"] else 1)
+    return OK
+
+
+def _check_diagnose(given: dict[str, Any]) -> None:
+    """Refuse what does not go together with ``--diagnose``, or without it."""
+    if given["sensitivity"] and not given["diagnose"]:
+        raise click.UsageError("--sensitivity needs --diagnose")
+    if given["diagnose"] and (
+        other := next((name for name in COMPILE_ONLY if given[name] not in (None, ()) and given[name] is not False), None)
+    ):
+        raise click.UsageError(f"--diagnose compiles nothing: leave out --{other.replace('_', '-')}")
+
+
+def _diagnose(given: dict[str, Any], output: Path) -> int:
+    from vitq_compiler import diagnosis
+    from vitq_compiler.model_io import write_text
+    from vitq_compiler.terminal import console_for, progress_on, show_diagnosis
+
+    _check_report(given["report"], output, given["model"])
+    with progress_on(console_for(sys.stderr), not given["quiet"]) as progress:
+        found = diagnosis.diagnose(
+            given["model"],
+            **{name: given[name] for name in DIAGNOSE_NAMES},
+            target_options=_target_options(given) or None,
+            with_sensitivity=given["sensitivity"],
+            progress=progress,
+        )
+    if given["report"] == STDOUT:
+        click.echo(found.to_json(), nl=False)
+        return OK
+    if given["report"]:
+        write_text(found.to_json(), given["report"])
+    if not given["quiet"]:
+        show_diagnosis(found, console_for(sys.stdout), 2 if given["verbose"] else 1)
     return OK
 
 

@@ -24,6 +24,7 @@ from vitq_compiler.progress import silent
 from vitq_compiler.text import printable
 
 if TYPE_CHECKING:
+    from vitq_compiler.diagnosis import Diagnosis, RewriteRow
     from vitq_compiler.inspection import Structure
     from vitq_compiler.progress import Progress
     from vitq_compiler.report import CompileReport, GateRow, LatencyRow, LinearRow
@@ -106,6 +107,48 @@ def show_structure(structure: Structure, console: Console, verbosity: int = 1) -
         console,
         [(f"{n.where}: {n.stage} says: {n.reason}", "yellow") for n in notes] + ([(f"and {more} more (-v shows all)", "")] if more else []),
     )
+
+
+def show_diagnosis(diagnosis: Diagnosis, console: Console, verbosity: int = 1) -> None:
+    """Print what `diagnosis.diagnose` found: activations, rewrites, sensitivity, and last what is recommended."""
+    console.print(_text(diagnosis.model, "bold"), soft_wrap=True)
+    measures = ("kurtosis", "max/rms", "spread", "offset", "tokens")
+    _table(
+        console,
+        ("Block", "activation", *measures, "idle"),
+        [
+            (
+                row.block or "-",
+                row.role,
+                *("-" if n is None else f"{n:.3g}" for n in (row.kurtosis, row.peak, row.spread, row.offset, row.tokens)),
+                str(len(row.idle_heads)) if row.role == "probs" else "-",
+            )
+            for row in diagnosis.tensors
+        ],
+        words=(0, 1),
+    )
+    effects = [row for rewrite in diagnosis.rewrites for row in _effects(rewrite)]
+    _table(console, ("Rewrite, worst block", "activation", *measures[:4]), effects, words=(0, 1))
+    rows = [
+        (row.name or "everything", row.part, str(row.edges), "exact" if row.sqnr_db is None else _decibels(row.sqnr_db))
+        for row in diagnosis.sensitivity
+    ]
+    _table(console, ("Quantized alone", "part", "tensors", "SQNR"), rows, words=(0, 1))
+    facts = [f"{diagnosis.data}; recipe {diagnosis.recipe} at {diagnosis.bits}"]
+    for rewrite in diagnosis.rewrites:
+        reasons = rewrite.reasons if verbosity > 1 else rewrite.reasons[:1]
+        more = f" and {len(rewrite.reasons) - len(reasons)} more (-v shows all)" if len(rewrite.reasons) > len(reasons) else ""
+        facts += [f"{rewrite.name} changes {rewrite.changes}, and says: {'; '.join(reasons)}{more}"] if reasons else []
+    _say(console, [(text, "") for text in facts])
+    _say(console, [(text, "green") for text in diagnosis.recommendations or ("nothing stands out: no rewrite is recommended",)])
+    _say(console, [(f"warning: {warning}", "yellow") for warning in diagnosis.warnings])
+
+
+def _effects(rewrite: RewriteRow) -> list[tuple[str, ...]]:
+    """One row per role whose measures moved."""
+    cells = {(e.role, e.measure): f"{e.before:.3g} -> {e.after:.3g}" for e in rewrite.effects}
+    roles = dict.fromkeys(e.role for e in rewrite.effects)
+    return [(rewrite.name, role, *(cells.get((role, m), "-") for m in ("kurtosis", "peak", "spread", "offset"))) for role in roles]
 
 
 def gate_line(gate: GateRow) -> str:

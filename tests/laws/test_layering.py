@@ -17,8 +17,8 @@ LAYERS = (
     ("__main__",),
     ("cli",),
     ("",),
-    ("arguments", "check", "compiler", "inspection", "terminal"),
-    ("passes", "provenance"),
+    ("arguments", "check", "compiler", "diagnosis", "inspection", "terminal"),
+    ("passes", "provenance", "sensitivity"),
     ("annotations", "catalog", "explain", "recipe", "reconstruction", "repair", "report", "validation", "verify"),
     ("prefix",),
     ("blocks", "quantizers", "targets"),
@@ -40,7 +40,7 @@ LAYERS = (
     ("quantizer",),
     ("branches", "builtin_images", "contrib", "model_io", "pattern", "pipeline", "precision", "registry"),
     ("runtime",),
-    ("arrays", "graph", "judge", "metrics", "orthogonal", "preprocess", "progress", "quant"),
+    ("arrays", "graph", "judge", "metrics", "orthogonal", "outliers", "preprocess", "progress", "quant"),
     ("errors", "recipes", "text"),
 )
 HEIGHT = {module: len(LAYERS) - row for row, layer in enumerate(LAYERS) for module in layer}
