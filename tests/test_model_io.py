@@ -390,7 +390,7 @@ def test_a_model_over_the_limit_gets_external_data(tmp_path: Path, monkeypatch: 
     expected = run_model(big, {"x": np.ones((1, 64), np.float32)})
     write_model(big, tmp_path / "out.onnx")
     assert files(tmp_path) == ["out.onnx", "out.onnx.0.data"]
-    again = read_model(tmp_path / "out.onnx")
+    again = onnx.load(tmp_path / "out.onnx")
     np.testing.assert_array_equal(run_model(again, {"x": np.ones((1, 64), np.float32)})[0], expected[0])
 
 
@@ -404,7 +404,7 @@ def test_data_of_an_older_output_is_never_overwritten(tmp_path: Path, monkeypatc
     write_model(model_of(text, w=2 * np.eye(64, dtype=np.float32)), path)
     assert files(tmp_path) == ["kept.onnx", "out.onnx", "out.onnx.0.data", "out.onnx.1.data"]
     for name, expected in {"kept.onnx": 1, "out.onnx": 2}.items():
-        np.testing.assert_array_equal(run_model(read_model(tmp_path / name), feed)[0], expected)
+        np.testing.assert_array_equal(run_model(onnx.load(tmp_path / name), feed)[0], expected)
 
 
 def test_the_output_is_the_data_of_the_input(tmp_path: Path) -> None:

@@ -1,13 +1,14 @@
 """The verdict of ONNX Runtime, on graphs whose answer is known."""
 
 import numpy as np
+import onnxruntime as ort
 import pytest
 from onnx import parser
 
 from tests.builders import Feed
-from vitq_compiler.progress import silent
+from vitq_compiler.report import OutputRow
 from vitq_compiler.runtime import session
-from vitq_compiler.validation import compare_outputs, kernels, time_pair
+from vitq_compiler.validation import compare_outputs, kernels, outputs, time_pair
 
 TEXT = """<ir_version: 10, opset_import: ["": 20]>
 g (float[n, 4] x) => (float[n, 4] y, int64[n] ids) {{
@@ -22,9 +23,13 @@ def batches() -> list[Feed]:
     return [{"x": random.standard_normal((n, 4)).astype(np.float32)} for n in (3, 5)]
 
 
+def compared(one: ort.InferenceSession, other: ort.InferenceSession, classes: frozenset[str]) -> tuple[OutputRow, ...]:
+    return compare_outputs(["y", "ids"], outputs(one, batches(), 8), outputs(other, batches(), 8), classes)
+
+
 def test_outputs_are_compared_over_all_batches() -> None:
     one, scaled = (session(parser.parse_model(TEXT.format(factor=f))) for f in ("1.0", "0.9"))
-    y, ids = compare_outputs(one, scaled, batches(), 8, frozenset({"y"}), silent)
+    y, ids = compared(one, scaled, frozenset({"y"}))
     assert (y.name, y.agreement, ids.agreement) == ("y", 1.0, 1.0)
     assert y.sqnr_db == pytest.approx(20.0, abs=1e-3)
     assert y.cosine == pytest.approx(1.0)
@@ -33,8 +38,8 @@ def test_outputs_are_compared_over_all_batches() -> None:
 
 def test_features_have_no_agreement_and_opposite_logits_have_none_in_common() -> None:
     one, negated = (session(parser.parse_model(TEXT.format(factor=f))) for f in ("1.0", "-1.0"))
-    assert compare_outputs(one, negated, batches(), 8, frozenset(), silent)[0].agreement is None
-    assert compare_outputs(one, negated, batches(), 8, frozenset({"y"}), silent)[0].agreement == 0.0
+    assert compared(one, negated, frozenset())[0].agreement is None
+    assert compared(one, negated, frozenset({"y"}))[0].agreement == 0.0
 
 
 def test_timing_is_paired() -> None:

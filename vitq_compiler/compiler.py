@@ -5,8 +5,9 @@ from __future__ import annotations
 import os
 import tempfile
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from importlib.metadata import version
+from itertools import tee
 from math import isnan, nan
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ from vitq_compiler import runtime, validation
 from vitq_compiler.catalog import load_target, pipeline_for
 from vitq_compiler.data import Data, open_data
 from vitq_compiler.errors import ModelError, RecipeError
-from vitq_compiler.graph import Graph
+from vitq_compiler.graph import LARGE_MODEL, Array, Graph, proto_bytes
 from vitq_compiler.model_io import check_output, convert_opset, file_bytes, make_work_folder, read_model, write_model
 from vitq_compiler.pipeline import Compilation
 from vitq_compiler.precision import half_type, narrow, widen
@@ -29,7 +30,7 @@ from vitq_compiler.quant import Edge
 from vitq_compiler.recipe import load_recipe
 from vitq_compiler.report import CompileReport, DataRow, GateRow, LatencyRow, LinearRow, NoteRow, OutputRow, PassRow, Validation
 from vitq_compiler.token_ids import id_limits
-from vitq_compiler.verify import Dump, Parity, Structure
+from vitq_compiler.verify import Dump, Parity, Structure, Thrift
 
 PROBE_SAMPLES = 2
 
@@ -108,6 +109,7 @@ def compile(
         check_output(path, model)
 
     progress("reading", 0, 1)
+    large = file_bytes(model) > LARGE_MODEL
     source = read_model(model)
     half = half_type(source)
     boundary = widen(source)
@@ -130,11 +132,11 @@ def compile(
     progress("reading", 1, 1)
 
     feed = _probe_batch(graph, data)
-    parity = Parity(feed, runtime.run(runtime.session(floating, threads=threads), feed, graph.output_names), threads)
+    parity = Parity(feed, runtime.run(runtime.session(floating, threads=threads, brief=True), feed, graph.output_names), threads, large)
     dump = Dump(dump_after, lambda name, proto: write_model(proto, dumps[name]))
     provenance = Provenance()
     try:
-        results = pipeline.run(c, (parity, Structure(), dump, provenance))
+        results = pipeline.run(c, (parity, Structure(), dump, provenance, *([Thrift()] if large else [])))
     except ModelError as error:
         raise ModelError(f"model {model}: {error}") from error  # a pass knows the graph, not the file
     parity.check()
@@ -196,34 +198,84 @@ def _judge(
     floating: Path | Graph, float_bytes: int, integer: onnx.ModelProto, c: Compilation, parity: Parity
 ) -> tuple[Validation, dict[str, str]]:
     """The runtime's verdict, and the kernel that reads each weight."""
-    edges = c.annotations.block_edges if parity.floating is not None else {}
-    blocks = validation.compare_blocks(parity.floating or c.graph, c.runnable or c.graph, edges, parity.feed, c.threads)
-    parity.floating = None  # its weights are not needed again
-    unseen, count = c.data.validation(), c.data.validation_count
+    blocks = validation.compare_blocks(parity.blocks, c.runnable or c.graph, parity.feed, c.threads)
+    unseen, count = c.data.validation, c.data.validation_count
     if not count:
-        unseen, count = c.data.calibration(), c.data.calibration_count
+        unseen, count = c.data.calibration, c.data.calibration_count
         c.warnings.append("too few samples to keep any back: the accuracy figures are on the calibration samples themselves and flatter")
     one = _first(c.graph, parity.feed, 1)
+    every = c.threads or os.cpu_count() or 1
+    settings = sorted({every, 1}, reverse=True) if c.target.runs_here else [every]
+    measure = _measure_in_turn if float_bytes > LARGE_MODEL else _measure_side_by_side
+    outputs, latency, kernel_of = measure(floating, integer, c, unseen, count, one, settings)
+    if not c.target.runs_here:
+        kernel_of = c.target.kernels(c.graph)
+    c.progress("timing", 2, 2)
+    return Validation(f"onnxruntime {ort.__version__}", outputs, blocks, latency, float_bytes, proto_bytes(integer)), kernel_of
+
+
+Batches = Callable[[], Iterator[runtime.Feed]]
+Measured = tuple[tuple[OutputRow, ...], tuple[LatencyRow, ...], dict[str, str]]
+
+
+def _measure_side_by_side(
+    floating: Path | Graph, integer: onnx.ModelProto, c: Compilation, unseen: Batches, count: int, one: runtime.Feed, settings: list[int]
+) -> Measured:
+    """Both sessions at once, so that whatever else the computer does slows both down."""
     outputs: tuple[OutputRow, ...] = ()
     latency: list[LatencyRow] = []
     kernel_of: dict[str, str] = {}
-    every = c.threads or os.cpu_count() or 1
     runnable = c.runnable.to_proto() if c.runnable is not None else integer
-    for index, threads in enumerate(sorted({every, 1}, reverse=True) if c.target.runs_here else [every]):
+    for index, threads in enumerate(settings):
         with tempfile.TemporaryDirectory() as folder:
             path = Path(folder) / "optimized.onnx"
             pair = runtime.session(floating, threads=threads), runtime.session(runnable, threads=threads, optimized_path=path)
             if index == 0:
                 kernel_of = validation.kernels(onnx.load(path, load_external_data=False))
-                outputs = validation.compare_outputs(*pair, unseen, count, c.annotations.class_outputs, c.progress)
-        if not c.target.runs_here:
-            kernel_of = c.target.kernels(c.graph)
-            break
-        c.progress("timing", index, 2)
-        latency.insert(0, validation.time_pair(*pair, one, threads))
+                a, b = tee(unseen())
+                both = validation.outputs(pair[0], a, count), validation.outputs(pair[1], b, count, c.progress)
+                outputs = validation.compare_outputs(c.graph.output_names, *both, c.annotations.class_outputs)
+        if c.target.runs_here:
+            c.progress("timing", index, 2)
+            latency.insert(0, validation.time_pair(*pair, one, threads))
         del pair
-    c.progress("timing", 2, 2)
-    return Validation(f"onnxruntime {ort.__version__}", outputs, blocks, tuple(latency), float_bytes, integer.ByteSize()), kernel_of
+    return outputs, tuple(latency), kernel_of
+
+
+def _measure_in_turn(
+    floating: Path | Graph, integer: onnx.ModelProto, c: Compilation, unseen: Batches, count: int, one: runtime.Feed, settings: list[int]
+) -> Measured:
+    """One session after the other, which a large model leaves no memory for otherwise."""
+    c.warnings.append("the model is large: both graphs were timed one after the other, not in turn, so the ratio is less certain")
+    references: list[list[Array]] = []
+    rows: tuple[OutputRow, ...] = ()
+    milliseconds: list[list[float]] = []
+    kernel_of: dict[str, str] = {}
+    for index, threads in enumerate(settings):
+        session = runtime.session(floating, threads=threads)
+        if index == 0:
+            references = list(validation.outputs(session, unseen(), count))
+        milliseconds.append([validation.time_alone(session, one)] if c.target.runs_here else [])
+        del session
+        runtime.release_memory()
+    for index, threads in enumerate(settings):
+        with tempfile.TemporaryDirectory() as folder:
+            path = Path(folder) / "optimized.onnx"
+            session = runtime.session(c.runnable or c.graph, threads=threads, optimized_path=path)
+            if index == 0:
+                kernel_of = validation.kernels(onnx.load(path, load_external_data=False))
+                results = validation.outputs(session, unseen(), count, c.progress)
+                rows = validation.compare_outputs(c.graph.output_names, references, results, c.annotations.class_outputs)
+        if c.target.runs_here:
+            c.progress("timing", index, 2)
+            milliseconds[index].append(validation.time_alone(session, one))
+        del session
+        runtime.release_memory()
+    batch = len(next(iter(one.values())))
+    latency = (
+        [LatencyRow(threads, batch, a, b, b / a) for threads, (a, b) in zip(settings, milliseconds, strict=True)] if milliseconds[0] else []
+    )
+    return rows, tuple(reversed(latency)), kernel_of
 
 
 def _measure_gates(verdict: Validation, min_sqnr: float | None, min_agreement: float | None) -> tuple[GateRow, ...]:

@@ -25,6 +25,7 @@ Tensor: TypeAlias = Any  # gs.Variable or gs.Constant
 Array = NDArray[Any]
 
 SCOPES = "pkg.torch.onnx.name_scopes"
+LARGE_MODEL = 2**30  # bytes of weights from which memory counts for more than time
 LARGE = 1024  # elements from which a constant counts as a weight rather than as a shape or an axis
 
 
@@ -57,9 +58,11 @@ class Graph:
         """Wrap a ModelProto. Module scopes, which graphsurgeon drops, are kept by node name; other node metadata is not."""
         metadata = {n.name: p.value for n in model.graph.node for p in n.metadata_props if n.name and p.key == SCOPES}
         surgeon = gs.import_onnx(model)
+        on_disk = {t.name: t for t in model.graph.initializer if is_external(t)}
         for tensor in surgeon.tensors().values():
-            if isinstance(tensor, gs.Constant):
-                tensor.values = np.asarray(tensor.values)  # loaded now, so that the ModelProto can be freed
+            if isinstance(tensor, gs.Constant):  # loaded or mapped now, so that the ModelProto can be freed
+                tensor.values = to_array(on_disk[tensor.name]) if tensor.name in on_disk else np.asarray(tensor.values)
+                tensor.data_location = None  # where the output keeps it is decided when it is written
         # A part of a ModelProto keeps all of it in memory, weights included.
         surgeon.import_domains = onnx.ModelProto(opset_import=model.opset_import).opset_import
         graph = cls(surgeon, model.ir_version, metadata)
@@ -335,5 +338,20 @@ def readers(tensor: Tensor) -> list[Node]:
 
 
 def to_array(tensor: onnx.TensorProto) -> Array:
-    """The numbers of a TensorProto."""
-    return numpy_helper.to_array(tensor)
+    """The numbers of a TensorProto; those in a file are mapped, so that memory holds only what is read."""
+    if not is_external(tensor):
+        return numpy_helper.to_array(tensor)
+    where = {entry.key: entry.value for entry in tensor.external_data}
+    dtype = helper.tensor_dtype_to_np_dtype(tensor.data_type).newbyteorder("<")
+    return np.asarray(np.memmap(where["location"], dtype, "r", int(where.get("offset", 0)), tuple(tensor.dims)))
+
+
+def is_external(tensor: onnx.TensorProto) -> bool:
+    """Whether the numbers of a TensorProto lie in a file of their own."""
+    return bool(tensor.data_location == onnx.TensorProto.EXTERNAL)
+
+
+def proto_bytes(model: onnx.ModelProto) -> int:
+    """Size of a ModelProto; protobuf itself can tell only that of one under 2 GB, of a larger one the nodes and weights are summed."""
+    parts = sum(part.ByteSize() for part in (*model.graph.initializer, *model.graph.node))
+    return parts if parts > LARGE_MODEL else int(model.ByteSize())

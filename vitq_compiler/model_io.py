@@ -14,7 +14,7 @@ from onnx import TensorProto, helper, inliner, version_converter
 from vitq_compiler.branches import inline_branches
 from vitq_compiler.contrib import DOMAIN, UNFUSE
 from vitq_compiler.errors import ModelError, OutputError
-from vitq_compiler.graph import LARGE, to_array
+from vitq_compiler.graph import LARGE, is_external, proto_bytes, to_array
 from vitq_compiler.precision import HALF
 from vitq_compiler.runtime import PROTOBUF_LIMIT, first_line
 
@@ -27,6 +27,7 @@ QUANTIZED_OPS = frozenset(
 )
 WEIGHTED_OPS = frozenset({"MatMul", "Gemm", "Conv", "LayerNormalization", "BatchNormalization"})
 STANDARD_DOMAINS = ("", "ai.onnx")
+MAPPED = frozenset({TensorProto.FLOAT, *HALF, TensorProto.INT64})  # types of weights that numpy reads as they lie in a file
 
 
 def read_model(path: Path) -> onnx.ModelProto:
@@ -53,19 +54,37 @@ def read_model(path: Path) -> onnx.ModelProto:
 
 
 def parse_model(path: Path) -> onnx.ModelProto:
-    """The file as a ModelProto, external data loaded.
+    """The file as a ModelProto; large initializers in external files stay there, by absolute path, and all else is loaded.
 
     Raises:
         ModelError: as `open_model`, or its external data cannot be read.
     """
     model = open_model(path)
+    left = [(tensor, file) for tensor in model.graph.initializer if (file := _mappable(tensor, path.parent)) is not None]
+    for tensor, _ in left:
+        tensor.ClearField("data_location")  # so that onnx does not load it
     try:
         onnx.load_external_data_for_model(model, str(path.parent))
     except Exception as error:
         raise ModelError(f"model {path}: cannot read its external data ({first_line(error)}); export it again") from error
     for tensor in model.graph.initializer:
         tensor.ClearField("data_location")  # so that the output does not depend on where weights were stored
+    for tensor, file in left:
+        tensor.data_location = TensorProto.EXTERNAL
+        next(entry for entry in tensor.external_data if entry.key == "location").value = str(file)
     return model
+
+
+def _mappable(tensor: TensorProto, folder: Path) -> Path | None:
+    """The file in which a large tensor lies so that it can be used there; None leaves it, and what may be wrong, to onnx's loader."""
+    if not is_external(tensor) or tensor.data_type not in MAPPED or np.prod(tensor.dims) < LARGE:
+        return None
+    where = {entry.key: entry.value for entry in tensor.external_data}
+    item = helper.tensor_dtype_to_np_dtype(tensor.data_type).itemsize
+    size, offset = int(np.prod(tensor.dims)) * item, int(where.get("offset", 0))
+    file = folder.resolve() / where.get("location", "")
+    fits = file.resolve() == file and file.is_relative_to(folder.resolve()) and file.is_file() and 0 <= offset <= file.stat().st_size - size
+    return file if fits and offset % item == 0 and int(where.get("length", size)) == size else None
 
 
 def open_model(path: Path) -> onnx.ModelProto:
@@ -229,7 +248,7 @@ def write_model(model: onnx.ModelProto, path: Path) -> None:
     try:
         with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}.") as folder:
             staged = Path(folder) / path.name
-            if model.ByteSize() < PROTOBUF_LIMIT:
+            if proto_bytes(model) < PROTOBUF_LIMIT:
                 staged.write_bytes(model.SerializeToString(deterministic=True))
             else:
                 data = next(name for n in count() if not (path.parent / (name := f"{path.name}.{n}.data")).exists())

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import ctypes
+import gc
+import sys
 import tempfile
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -11,7 +14,7 @@ import onnx
 import onnxruntime as ort
 
 from vitq_compiler.errors import TargetError
-from vitq_compiler.graph import Array, Graph, InputSpec
+from vitq_compiler.graph import LARGE_MODEL, Array, Graph, InputSpec, proto_bytes
 from vitq_compiler.quant import E4M3
 
 Feed = dict[str, Array]
@@ -27,7 +30,7 @@ def session(
     """An ONNX Runtime session on the CPU.
 
     Args:
-        model: a graph, whose weights are then shared and not copied; a ModelProto; or a file.
+        model: a graph, whose weights are then shared and not copied where they are large and in float; a ModelProto; or a file.
         threads: intra-op threads; 0 lets the runtime choose.
         brief: for one or two runs: skip what takes longer to prepare than it saves.
         optimized_path: also write the optimized graph here.
@@ -43,15 +46,20 @@ def session(
         options.add_session_config_entry("session.disable_prepacking", "1")
     if optimized_path is not None:
         options.optimized_model_filepath = str(optimized_path)
+        if isinstance(model, Graph):  # may have more weights than one file takes
+            options.add_session_config_entry("session.optimized_model_external_initializers_file_name", f"{optimized_path.name}.data")
     try:
         if isinstance(model, Graph):
             light, weights = model.without_weights()
+            integer = model.find("DequantizeLinear")  # whose weights must be initializers for integer kernels
+            if not integer and sum(w.nbytes for w in weights.values()) > LARGE_MODEL:
+                return _Fed(light, weights, options)
             if weights:
                 options.add_external_initializers(list(weights), [_shared(w) for w in weights.values()])
             return ort.InferenceSession(light.SerializeToString(), options, providers=["CPUExecutionProvider"])
         if isinstance(model, Path):
             return ort.InferenceSession(str(model), options, providers=["CPUExecutionProvider"])
-        if model.ByteSize() < PROTOBUF_LIMIT:
+        if proto_bytes(model) < PROTOBUF_LIMIT:
             return ort.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
         with tempfile.TemporaryDirectory() as folder:
             path = Path(folder) / "model.onnx"
@@ -59,6 +67,29 @@ def session(
             return ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
     except Exception as error:  # onnxruntime raises several private exception types
         raise TargetError(f"onnxruntime {ort.__version__} cannot load the graph: {first_line(error)}") from error
+
+
+class _Fed(ort.InferenceSession):  # type: ignore[misc]  # it has no types
+    """A session of which the large weights are inputs: these alone it reads where they lie, initializers it copies and packs."""
+
+    def __init__(self, light: onnx.ModelProto, weights: dict[str, Array], options: ort.SessionOptions) -> None:
+        outside = [t for t in light.graph.initializer if t.name in weights]
+        inside = [t for t in light.graph.initializer if t.name not in weights]
+        del light.graph.initializer[:]
+        light.graph.initializer.extend(inside)
+        light.graph.input.extend(onnx.helper.make_tensor_value_info(t.name, t.data_type, t.dims) for t in outside)
+        super().__init__(light.SerializeToString(), options, providers=["CPUExecutionProvider"])
+        self._weights = weights
+
+    def run(self, output_names: list[str] | None, input_feed: Feed, run_options: ort.RunOptions | None = None) -> list[Array]:
+        return super().run(output_names, {**input_feed, **self._weights}, run_options)  # type: ignore[no-any-return]
+
+
+def release_memory() -> None:
+    """Free graphs that nothing refers to, whose nodes and tensors refer to each other, and give the memory back (glibc keeps it)."""
+    gc.collect()
+    if sys.platform == "linux" and (trim := getattr(ctypes.CDLL(None), "malloc_trim", None)) is not None:
+        trim(0)
 
 
 def _shared(weight: Array) -> ort.OrtValue:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from math import nan
 
 import numpy as np
@@ -12,7 +12,7 @@ import onnxruntime as ort
 
 from vitq_compiler import metrics
 from vitq_compiler.graph import Array, Graph
-from vitq_compiler.progress import Progress
+from vitq_compiler.progress import Progress, silent
 from vitq_compiler.quant import Edge
 from vitq_compiler.report import BlockRow, LatencyRow, OutputRow
 from vitq_compiler.runtime import Feed, narrowed, run, session
@@ -21,22 +21,20 @@ ROUNDS = 15
 SECONDS_PER_SETTING = 0.35  # timing stops after this, with at least three rounds
 
 
-def compare_outputs(
-    floating: ort.InferenceSession,
-    integer: ort.InferenceSession,
-    batches: Iterable[Feed],
-    total: int,
-    classes: frozenset[str],
-    progress: Progress,
-) -> tuple[OutputRow, ...]:
-    """Every output of two sessions on the same batches; ``classes`` names those of which the largest entry is a decision."""
-    names = [o.name for o in floating.get_outputs()]
-    pairs: list[tuple[list[Array], list[Array]]] = []
+def outputs(runtime: ort.InferenceSession, batches: Iterable[Feed], total: int, progress: Progress = silent) -> Iterator[list[Array]]:
+    """All outputs, batch by batch, each when it is asked for."""
     done = 0
     for feed in batches:
-        pairs.append((run(floating, feed, names), run(integer, feed, names)))
+        yield run(runtime, feed)
         done += len(next(iter(feed.values())))
         progress("validating", done, total)
+
+
+def compare_outputs(
+    names: Sequence[str], floating: Iterable[list[Array]], integer: Iterable[list[Array]], classes: frozenset[str]
+) -> tuple[OutputRow, ...]:
+    """Every output of two sessions on the same batches; ``classes`` names those of which the largest entry is a decision."""
+    pairs = list(zip(floating, integer, strict=True))
     rows = []
     for index, name in enumerate(names):
         reference, other = (np.concatenate([np.atleast_1d(p[side][index]) for p in pairs]) for side in (0, 1))
@@ -46,31 +44,45 @@ def compare_outputs(
     return tuple(rows)
 
 
-def compare_blocks(floating: Graph, integer: Graph, edges: dict[str, Edge], feed: Feed, threads: int) -> tuple[BlockRow, ...]:
-    """SQNR of what each block adds to the residual stream.
+def probe_blocks(graph: Graph, edges: Mapping[str, Edge], feed: Feed, threads: int, *, brief: bool) -> dict[str, tuple[Edge, Array]]:
+    """What each block adds to the residual stream, and the edge that carries it.
 
     Args:
-        floating: the graph before quantization.
-        integer: the graph after.
-        edges: block name -> the edge that carries its result; left out where lowering has replaced its node.
+        graph: before or after quantization.
+        edges: block name -> edge; left out where the graph has no such node.
         feed: one batch.
         threads: as in `runtime.session`.
+        brief: likewise.
     """
-    names = [{n.name for n in graph.nodes} for graph in (floating, integer)]
-    edges = {block: edge for block, edge in edges.items() if all(edge.node in known for known in names)}
+    copy = graph.snapshot()
+    nodes = {n.name: n for n in copy.nodes}
+    edges = {block: edge for block, edge in edges.items() if edge.node in nodes}
     if not edges:
-        return ()
-    values = []
-    for graph, brief in ((floating, True), (integer, False)):  # integer kernels come from the optimizer
-        copy = graph.snapshot()
-        nodes = {n.name: n for n in copy.nodes}
-        tensors = [nodes[e.node].inputs[e.index] for e in edges.values()]
-        for tensor in tensors:
-            tensor.dtype = tensor.dtype or np.dtype(np.float32)
-        copy.set_outputs(tensors)
-        values.append(run(session(copy, threads=threads, brief=brief), feed, [t.name for t in tensors]))
-    # a target may have flattened the tokens, or narrowed the type
-    return tuple(BlockRow(name, metrics.sqnr(a, b.reshape(a.shape).astype(a.dtype))) for name, a, b in zip(edges, *values, strict=True))
+        return {}
+    tensors = [nodes[e.node].inputs[e.index] for e in edges.values()]
+    for tensor in tensors:
+        tensor.dtype = tensor.dtype or np.dtype(np.float32)
+    copy.set_outputs(tensors)
+    values = run(session(copy, threads=threads, brief=brief), feed, [t.name for t in tensors])
+    return {block: (edge, array) for (block, edge), array in zip(edges.items(), values, strict=True)}
+
+
+def compare_blocks(floating: Mapping[str, tuple[Edge, Array]], integer: Graph, feed: Feed, threads: int) -> tuple[BlockRow, ...]:
+    """SQNR of what each block adds to the residual stream; blocks are left out where lowering has replaced the reading node.
+
+    Args:
+        floating: of the graph before quantization, see `probe_blocks`.
+        integer: the graph after.
+        feed: the same batch.
+        threads: as in `runtime.session`.
+    """
+    # integer kernels come from the optimizer
+    found = probe_blocks(integer, {block: edge for block, (edge, _) in floating.items()}, feed, threads, brief=False)
+    rows = []
+    for block, (_, b) in found.items():
+        a = floating[block][1]
+        rows.append(BlockRow(block, metrics.sqnr(a, b.reshape(a.shape).astype(a.dtype))))  # a target may have flattened or narrowed it
+    return tuple(rows)
 
 
 def time_pair(floating: ort.InferenceSession, integer: ort.InferenceSession, feed: Feed, threads: int) -> LatencyRow:
@@ -92,6 +104,18 @@ def time_pair(floating: ort.InferenceSession, integer: ort.InferenceSession, fee
     return LatencyRow(
         threads, len(next(iter(feed.values()))), float(np.median(a) * 1e3), float(np.median(b) * 1e3), float(np.median(b / a))
     )
+
+
+def time_alone(runtime: ort.InferenceSession, feed: Feed) -> float:
+    """Median latency in ms of a session that cannot be in memory beside the one it is compared with."""
+    feed = narrowed(runtime, feed)
+    run(runtime, feed)
+    seconds: list[float] = []
+    while len(seconds) < ROUNDS and (len(seconds) < 3 or sum(seconds) < SECONDS_PER_SETTING):
+        start = time.perf_counter()
+        run(runtime, feed)
+        seconds.append(time.perf_counter() - start)
+    return float(np.median(seconds) * 1e3)
 
 
 def kernels(optimized: onnx.ModelProto) -> dict[str, str]:

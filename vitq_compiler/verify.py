@@ -8,10 +8,12 @@ from dataclasses import dataclass, field
 import onnx
 
 from vitq_compiler.errors import InvariantError, TargetError
-from vitq_compiler.graph import Array, Graph
+from vitq_compiler.graph import Array, Graph, proto_bytes
 from vitq_compiler.metrics import max_relative_error
 from vitq_compiler.pipeline import Compilation, Fact, Pass, PassResult
-from vitq_compiler.runtime import Feed, first_line, run, session
+from vitq_compiler.quant import Edge
+from vitq_compiler.runtime import Feed, first_line, release_memory, run, session
+from vitq_compiler.validation import probe_blocks
 
 TOLERANCE = 1e-4  # of the largest output: what float32 rounding may add up to over a deep network
 
@@ -21,17 +23,20 @@ class Parity:
     """Holds every run of float-exact passes to the outputs of the original model on a probe batch.
 
     One check serves a run of exact passes; where it fails, the graph after each of them is checked to name the culprit.
+    Where memory is what counts, each is checked at once, so that weights it replaced need not be kept.
 
     Attributes:
         feed: the probe batch.
         reference: outputs of the original model on it, in the order of the graph's outputs.
-        floating: the last graph before quantization, for comparisons of inner tensors.
+        thrifty: whether memory counts for more than time.
+        blocks: what each block gives on the probe batch before quantization, with the edge that carries it; see `validation`.
     """
 
     feed: Feed
     reference: Sequence[Array]
     threads: int = 0
-    floating: Graph | None = None
+    thrifty: bool = False
+    blocks: dict[str, tuple[Edge, Array]] = field(default_factory=dict)
     _pending: list[tuple[str, Graph]] = field(default_factory=list)
 
     def before(self, p: Pass, c: Compilation) -> None:
@@ -39,12 +44,14 @@ class Parity:
         if p.edits and not p.exact:
             self.check()
         if Fact.QUANTIZED in p.provides:
-            self.floating = (c.reference or c.graph).snapshot()
+            self.blocks = probe_blocks(c.reference or c.graph, c.annotations.block_edges, self.feed, self.threads, brief=True)
 
     def after(self, p: Pass, c: Compilation, result: PassResult) -> None:
         """Remember the graph after an exact pass that changed something."""
         if p.exact and result.changes:
             self._pending.append((p.name, c.graph.snapshot()))
+            if self.thrifty:
+                self.check()
 
     def check(self) -> None:
         """Compare now.
@@ -72,6 +79,18 @@ class Parity:
 
 
 @dataclass
+class Thrift:
+    """Frees what each pass has left behind."""
+
+    def before(self, p: Pass, c: Compilation) -> None:
+        """Nothing to do."""
+
+    def after(self, p: Pass, c: Compilation, result: PassResult) -> None:
+        """Free it now."""
+        release_memory()
+
+
+@dataclass
 class Structure:
     """Holds the final graph to the ONNX checker."""
 
@@ -88,7 +107,7 @@ class Structure:
             return
         model = c.graph.to_proto()
         try:
-            if model.ByteSize() < onnx.checker.MAXIMUM_PROTOBUF:
+            if proto_bytes(model) < onnx.checker.MAXIMUM_PROTOBUF:
                 onnx.checker.check_model(model)
         except onnx.checker.ValidationError as error:
             raise InvariantError(f"pass {p.name} left a graph that is not valid ONNX: {first_line(error)}") from error
