@@ -124,6 +124,16 @@ def test_external_data_that_is_too_short(tmp_path: Path) -> None:
     refused(path, "external data|weight|not a readable")
 
 
+def test_external_data_at_no_number(tmp_path: Path) -> None:
+    path = tmp_path / "m.onnx"
+    save_external(vit(), path)
+    model = onnx.load(path, load_external_data=False)
+    large = max(model.graph.initializer, key=lambda t: int(np.prod(t.dims)))
+    next(entry for entry in large.external_data if entry.key == "offset").value = "here"
+    onnx.save(model, path)
+    refused(path, "cannot read its external data")
+
+
 def test_external_data_outside_the_folder(tmp_path: Path) -> None:
     path = tmp_path / "sub" / "m.onnx"
     path.parent.mkdir()

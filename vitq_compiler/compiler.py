@@ -109,8 +109,8 @@ def compile(
         check_output(path, model)
 
     progress("reading", 0, 1)
-    large = file_bytes(model) > LARGE_MODEL
     source = read_model(model)
+    large = file_bytes(model) > LARGE_MODEL
     half = half_type(source)
     boundary = widen(source)
     graph = Graph.from_proto(convert_opset(source, chosen.opset, model))

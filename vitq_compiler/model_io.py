@@ -60,10 +60,10 @@ def parse_model(path: Path) -> onnx.ModelProto:
         ModelError: as `open_model`, or its external data cannot be read.
     """
     model = open_model(path)
-    left = [(tensor, file) for tensor in model.graph.initializer if (file := _mappable(tensor, path.parent)) is not None]
-    for tensor, _ in left:
-        tensor.ClearField("data_location")  # so that onnx does not load it
     try:
+        left = [(tensor, file) for tensor in model.graph.initializer if (file := _mappable(tensor, path.parent)) is not None]
+        for tensor, _ in left:
+            tensor.ClearField("data_location")  # so that onnx does not load it
         onnx.load_external_data_for_model(model, str(path.parent))
     except Exception as error:
         raise ModelError(f"model {path}: cannot read its external data ({first_line(error)}); export it again") from error
