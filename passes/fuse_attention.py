@@ -59,7 +59,7 @@ def _fuse(c: Compilation, attention: Attention) -> None:
         if c.graph.is_output(tensor):
             raise MatchFailure(f"{tensor.name} is a graph output", tensor.name)
     mask = [] if attention.mask is None else [_mask(c.graph, attention, attention.mask)]
-    operands = [*(_as_tokens(c.graph, tensor) for tensor in _operands(c, attention)), *mask]
+    operands = [*_operands(c, attention), *mask]
     merged = attention.proj.input
     output = c.graph.insert(
         "Attention",
@@ -79,7 +79,7 @@ def _fuse(c: Compilation, attention: Attention) -> None:
 
 
 def _as_tokens(graph: Graph, tensor: Tensor) -> Tensor:
-    """An operand with all axes between batch and features as one."""
+    """An operand with all axes between batch and features as one, be there several or, for a single token, none."""
     if len(tensor.shape) == 3:
         return tensor
     count = int(np.prod(tensor.shape[1:-1]))
@@ -115,17 +115,7 @@ def _operands(c: Compilation, attention: Attention) -> list[Tensor]:
         c.move_specs(linear.name, [part.name for part in parts])
         place = c.annotations.linears.index(linear)
         c.annotations.linears[place : place + 1] = parts
-    return [_sequence(c.graph, view.linear.output) for view in views.values()]
-
-
-def _sequence(graph: Graph, tensor: Tensor) -> Tensor:
-    """``tensor`` with an axis for tokens, where it is of one token and has none."""
-    if len(tensor.shape) == 3:
-        return tensor
-    shape = graph.constant(f"{tensor.name}/one_token", np.array([-1, 1, tensor.shape[-1]], np.int64))
-    result = graph.insert("Reshape", [tensor, shape], name=f"{tensor.name}/sequence", like=tensor)
-    result.shape = [tensor.shape[0], 1, tensor.shape[-1]]
-    return result
+    return [_as_tokens(c.graph, view.linear.output) for view in views.values()]
 
 
 def _part(graph: Graph, linear: Linear, view: HeadView, name: str) -> Linear:

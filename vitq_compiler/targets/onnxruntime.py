@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from vitq_compiler.blocks.linear import Linear
-from vitq_compiler.graph import Graph, Node, Tensor, producer, readers, value
+from vitq_compiler.graph import Array, Graph, Node, Tensor, producer, readers, value
 from vitq_compiler.lint.onnxruntime import RULES
 from vitq_compiler.quant import Edge, QuantParams
 from vitq_compiler.target import Target
@@ -84,9 +84,13 @@ def _to_gemm(graph: Graph, linear: Linear, activation: QuantParams, weight: Quan
         return "its rank is unknown"
     x = linear.input if rank == 2 else _flatten(graph, dequantize, linear.weight.shape[0], flat)
     inputs = [x, linear.weight]
-    if linear.bias is not None:
-        inputs.append(_integer_bias(graph, linear, activation, weight))
+    bias = linear.bias
+    if bias is not None and (codes := _bias_codes(linear, activation, weight)) is not None:
+        inputs.append(_integer_bias(graph, linear, activation, weight, codes))
+        bias = None
     output = graph.insert("Gemm", inputs, name=f"{linear.name}/gemm", like=linear.output)
+    if bias is not None:
+        output = graph.insert("Add", [output, bias], name=f"{linear.name}/float_bias", like=linear.output)
     if rank > 2:
         output.shape = [None, linear.output.shape[-1]]
         if all(isinstance(d, int) and d > 0 for d in middle):
@@ -123,19 +127,26 @@ def _flatten(graph: Graph, dequantize: Node, features: int, flat: dict[str, Tens
     return flat[key]
 
 
-def _integer_bias(graph: Graph, linear: Linear, activation: QuantParams, weight: QuantParams) -> Tensor:
-    """The bias as int32 codes at scale activation * weight, the unit of the kernel's accumulator."""
+def _bias_codes(linear: Linear, activation: QuantParams, weight: QuantParams) -> Array | None:
+    """The bias at scale activation * weight, the unit of the kernel's accumulator; None where that is too small for int32.
+
+    A nearly dead weight has such a scale; cutting its bias off at the end of the range would lose what the layer gives out.
+    """
+    codes = np.rint(value(linear.bias).astype(np.float64) / (activation.scale * weight.scale).astype(np.float32))
+    half = np.iinfo(np.int32).max // 2  # room for the sum of products
+    return codes.astype(np.int32) if np.abs(codes).max() <= half else None
+
+
+def _integer_bias(graph: Graph, linear: Linear, activation: QuantParams, weight: QuantParams, codes: Array) -> Tensor:
+    """The bias as int32 codes behind a DequantizeLinear."""
     assert linear.bias is not None  # checked by the caller
-    bias = value(linear.bias).astype(np.float64)
     scale = (activation.scale * weight.scale).astype(np.float32)
-    codes = np.rint(bias / scale.astype(np.float64))
-    limits = np.iinfo(np.int32)
     name = linear.bias.name
     inputs = [
-        graph.constant(f"{name}/codes", np.clip(codes, limits.min, limits.max).astype(np.int32)),
+        graph.constant(f"{name}/codes", codes),
         graph.constant(f"{name}/scale", scale),
         graph.constant(f"{name}/zero_point", np.zeros(scale.shape, np.int32)),
     ]
     output = graph.insert("DequantizeLinear", inputs, name=f"{name}/dq", axis=0 if scale.ndim else None)
-    output.dtype, output.shape = np.dtype(np.float32), list(bias.shape)
+    output.dtype, output.shape = np.dtype(np.float32), list(codes.shape)
     return output
