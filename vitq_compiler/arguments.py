@@ -259,6 +259,7 @@ OPTIONS = [
     Option(GATES, "--no-output-on-failure", **FLAG, help="Write no output when a gate is missed."),
     Option(CHECK, "--check", **FLAG, help="Compile nothing: hold MODEL, made by any tool, against the rules of the target."),
     Option(CHECK, "--format", type=click.Choice(["text", "json", "sarif"]), default="text", **SHOWN, help="Of what --check prints."),
+    Option(CHECK, "--no-judge", **FLAG, help="With --check --target tensorrt: do not ask NVIDIA's compiler where it is installed."),
     Option(PASSES, "--passes", metavar="TEXT", shell_complete=complete_passes, help="Run this pipeline: pass,pass{option=value},pass"),
     Option(PASSES, "--print-pipeline", **FLAG, help="Print the pipeline that these options make, and stop."),
     Option(

@@ -1,19 +1,31 @@
-"""Hold any ONNX file against the rules of a target, without compiling it."""
+"""Hold any ONNX file against the rules of a target, without compiling it; NVIDIA's compiler, where there is one, has a say too."""
 
 from __future__ import annotations
 
 from importlib.metadata import version
 from pathlib import Path
 
+from vitq_compiler import judge
 from vitq_compiler.catalog import load_target
+from vitq_compiler.errors import TargetError
 from vitq_compiler.lint.model import Model
 from vitq_compiler.lint.report import LintReport
-from vitq_compiler.lint.rule import Platform
+from vitq_compiler.lint.rule import Fault, Platform, Rule, Severity
 from vitq_compiler.lint.rule import check as find
 from vitq_compiler.model_io import open_model
 
+JUDGED = ("tensorrt",)  # targets that NVIDIA's compiler can judge
+UNJUDGED_VERSION = "8.6"  # chooses types itself; TensorRT-RTX takes them from the graph
 
-def check(model: Path, target: str = "onnxruntime", *, trt_version: str = "10", compute_capability: float | None = None) -> LintReport:
+
+def check(
+    model: Path,
+    target: str = "onnxruntime",
+    *,
+    trt_version: str = "10",
+    compute_capability: float | None = None,
+    with_judge: bool = False,
+) -> LintReport:
     """Every place where a file breaks a rule of a target.
 
     Args:
@@ -21,6 +33,7 @@ def check(model: Path, target: str = "onnxruntime", *, trt_version: str = "10", 
         target: name of a target.
         trt_version: of TensorRT: 8.6, 10 or 11; other targets have one version.
         compute_capability: of the GPU, such as 8.9; None leaves out what depends on it.
+        with_judge: also ask NVIDIA's compiler, where it is installed and the target is TensorRT; it builds for 8.0 unless told otherwise.
 
     Raises:
         ModelError: the file cannot be read.
@@ -28,5 +41,26 @@ def check(model: Path, target: str = "onnxruntime", *, trt_version: str = "10", 
     """
     rules = load_target(target).rules
     platform = Platform(trt_version, compute_capability) if any(rule.versions for rule in rules) else Platform()
-    findings = find(Model(open_model(Path(model)), folder=Path(model).parent), rules, platform)
-    return LintReport(version("vitq-compiler"), str(model), target, platform, rules, findings)
+    proto = open_model(Path(model))
+    verdict, hint = None, ""
+    if with_judge and target in JUDGED and trt_version != UNJUDGED_VERSION:
+        try:
+            verdict = judge.judge(Path(model), str(compute_capability or judge.DEFAULT_CAPABILITY))
+            rules = (*rules, _accepted(verdict))
+        except TargetError as error:
+            hint = str(error)
+    findings = find(Model(proto, folder=Path(model).parent), rules, platform)
+    return LintReport(version("vitq-compiler"), str(model), target, platform, rules, findings, verdict, hint)
+
+
+def _accepted(verdict: judge.Verdict) -> Rule:
+    """The rule that the compiler itself takes the graph."""
+    step = "built no engine" if verdict.parsed else "does not parse it"
+    return Rule(
+        "J01",
+        Severity.ERROR,
+        "NVIDIA's compiler takes the graph",
+        f"{verdict.compiler} {step} for compute capability {verdict.capability}",
+        "change what its message names",
+        lambda model, platform: [Fault(None, error) for error in verdict.errors],
+    )

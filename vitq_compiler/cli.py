@@ -266,7 +266,11 @@ def _check(given: dict[str, Any]) -> int:
     from vitq_compiler.lint.report import FORMATS
 
     report = check(
-        given["model"], given["target"], trt_version=given["trt_version"] or "10", compute_capability=given["compute_capability"]
+        given["model"],
+        given["target"],
+        trt_version=given["trt_version"] or "10",
+        compute_capability=given["compute_capability"],
+        with_judge=not given["no_judge"],
     )
     click.echo(FORMATS[given["format"]](report, bool(given["verbose"])), nl=False)
     return OK if report.passed else GATE_MISSED

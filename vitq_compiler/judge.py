@@ -10,7 +10,7 @@ from __future__ import annotations
 import importlib
 import re
 from collections import Counter
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -20,6 +20,7 @@ from vitq_compiler.errors import TargetError
 PACKAGES = ("tensorrt_rtx", "tensorrt_rtx_bindings")
 HINT = "pip install tensorrt-rtx-cu12-libs tensorrt-rtx-cu12-bindings (NVIDIA's licence), or do without it"
 CAPABILITIES = ("7.5", "8.0", "8.6", "8.9", "12.0", "12.1")
+DEFAULT_CAPABILITY = "8.0"
 BATCHES = (1, 8, 32)  # least, usual and most, where the graph leaves the batch open
 PRODUCTS = frozenset({"gemm", "runtime_fusion", "correlation", "fusion"})  # kinds of layers that multiply matrices
 
@@ -67,6 +68,18 @@ class Verdict:
         """All kernels."""
         return self.fused + self.others + sum(self.products.values())
 
+    def __str__(self) -> str:
+        built = f"{self.compiler} for compute capability {self.capability}"
+        if not self.built:
+            return f"{built}: refused"
+        counted = [f"{count} fused attention ({types})" for types, count in self.attention.items()] or ["no fused attention"]
+        counted += [f"{count} products {types}" for types, count in self.products.items()]
+        return f"{built}: {self.kernels} kernels: {', '.join([*counted, f'{self.others} others'])}; engine {self.engine_bytes / 1e6:.1f} MB"
+
+    def as_dict(self) -> dict[str, Any]:
+        """All of it as data."""
+        return {**asdict(self), "fused": self.fused, "integer": self.integer, "kernels": self.kernels}
+
 
 def available() -> bool:
     """Whether the compiler is installed."""
@@ -77,7 +90,7 @@ def available() -> bool:
     return True
 
 
-def judge(path: Path, capability: str = "8.0", batches: tuple[int, int, int] = BATCHES) -> Verdict:
+def judge(path: Path, capability: str = DEFAULT_CAPABILITY, batches: tuple[int, int, int] = BATCHES) -> Verdict:
     """Parse and build a graph.
 
     Args:

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from itertools import groupby
 from typing import Any
 
+from vitq_compiler.judge import Verdict
 from vitq_compiler.lint.rule import Finding, Platform, Rule, Severity
 from vitq_compiler.text import printable
 
@@ -27,6 +28,8 @@ class LintReport:
         platform: what it was checked for.
         rules: the table of the target, with the rules that were not checked.
         findings: worst first.
+        verdict: of NVIDIA's compiler, where it was asked.
+        hint: why it could not be asked.
     """
 
     version: str
@@ -35,6 +38,8 @@ class LintReport:
     platform: Platform
     rules: Sequence[Rule]
     findings: Sequence[Finding]
+    verdict: Verdict | None = None
+    hint: str = ""
 
     @property
     def passed(self) -> bool:
@@ -55,6 +60,7 @@ class LintReport:
             lines += [f"  {finding.where}: {finding.detail}" for finding in shown]
             lines += [f"  and {len(found) - len(shown)} more; -v shows all"] * (len(found) > len(shown))
             lines += [f"  why: {rule.reason}", f"  do: {rule.remedy}", ""]
+        lines += [str(self.verdict)] * (self.verdict is not None) + [f"not judged: {self.hint}"] * bool(self.hint)
         checked = _count(sum(rule.applies(self.platform) for rule in self.rules), "rule")
         counts = ", ".join(_count(self.count(severity), severity.value) for severity in Severity if self.count(severity))
         lines.append(f"{self.model}: {counts or 'nothing found'}; {checked} of {self._what()} checked")
@@ -86,6 +92,8 @@ class LintReport:
                 for finding in self.findings
             ],
         }
+        if self.verdict is not None:
+            content["compiler"] = self.verdict.as_dict()
         return json.dumps(content, indent=2, ensure_ascii=False) + "\n"
 
     def to_sarif(self, every: bool = True) -> str:
@@ -94,7 +102,9 @@ class LintReport:
         place = {rule.id: index for index, rule in enumerate(applied)}
         driver = {"name": "vitq", "version": self.version, "rules": [_descriptor(rule, self.platform) for rule in applied]}
         results = [_result(finding, place[finding.rule.id], self.model) for finding in self.findings]
-        run = {"tool": {"driver": driver}, "automationDetails": {"id": f"{self._what()}/"}, "results": results}
+        run: dict[str, Any] = {"tool": {"driver": driver}, "automationDetails": {"id": f"{self._what()}/"}, "results": results}
+        if self.verdict is not None:
+            run["properties"] = {"compiler": self.verdict.as_dict()}
         return json.dumps({"$schema": SARIF_SCHEMA, "version": "2.1.0", "runs": [run]}, indent=2, ensure_ascii=False) + "\n"
 
     def _what(self) -> str:
