@@ -227,6 +227,14 @@ OPTIONS = [
     Option(WHAT, "--threads", type=NATURAL, default=0, show_default="0: all cores", metavar="N", help="Threads of the runtime."),
     Option(
         WHAT,
+        "--validate-provider",
+        type=click.Choice(["cpu", "tensorrt", "nvtensorrtrtx"]),
+        default="cpu",
+        **SHOWN,
+        help="Execution provider of onnxruntime that runs the result for the accuracy in the report.",
+    ),
+    Option(
+        WHAT,
         "--device",
         default="auto",
         metavar="NAME",

@@ -30,6 +30,7 @@ STDOUT = Path("-")
 # The options that `compile` takes under the same name.
 SAME_NAMES: tuple[str, ...] = ("recipe", "bits", "definition", "target", "calibration", "samples", "batch_size", "preprocess")
 SAME_NAMES += ("attention", "exclude", "passes", "min_sqnr", "min_agreement", "dump_after", "seed", "threads", "device", "work_dir")
+SAME_NAMES += ("validate_provider",)
 
 # Those that `diagnose` takes, and those that make no sense beside it, as it writes no graph.
 DIAGNOSE_NAMES: tuple[str, ...] = ("recipe", "bits", "definition", "target", "attention", "calibration", "samples", "batch_size")

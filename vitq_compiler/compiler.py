@@ -58,6 +58,7 @@ def compile(
     seed: int = 0,
     threads: int = 0,
     device: str = "auto",
+    validate_provider: str = "cpu",
     work_dir: Path | None = None,
     progress: Progress = silent,
 ) -> CompileReport:
@@ -85,6 +86,7 @@ def compile(
         seed: of the choice of samples and of the built-in images.
         threads: runtime threads, 0 for all.
         device: of passes that train, as torch names it; ``auto`` takes a GPU where torch has one.
+        validate_provider: what runs the compiled graph for the report's accuracy, of `runtime.PROVIDERS`.
         work_dir: where passes that fit weights keep activations instead of in memory, and what they can resume from.
         progress: told how far each step is.
 
@@ -96,6 +98,7 @@ def compile(
     """
     began = time.perf_counter()
     model, output = Path(model), Path(output) if output is not None else None
+    providers = runtime.providers_of(validate_provider)
     plan = load_recipe(recipe).with_bits(bits).defined(definition).with_attention(attention).excluding(tuple(exclude))
     chosen = load_target(target, target_options)
     pipeline = pipeline_for(plan, chosen, passes)
@@ -128,7 +131,7 @@ def compile(
         seed=seed,
         ids=id_limits(graph),
     )
-    c = Compilation(graph, plan, chosen, data, threads=threads, progress=progress, device=device, work_dir=work_dir)
+    c = Compilation(graph, plan, chosen, data, threads=threads, progress=progress, device=device, work_dir=work_dir, providers=providers)
     progress("reading", 1, 1)
 
     feed = _probe_batch(graph, data)
@@ -233,7 +236,8 @@ def _measure_side_by_side(
             if index == 0:
                 kernel_of = validation.kernels(onnx.load(path, load_external_data=False))
                 a, b = tee(unseen())
-                both = validation.outputs(pair[0], a, count), validation.outputs(pair[1], b, count, c.progress)
+                judged = pair[1] if c.providers == runtime.CPU else runtime.session(integer, threads=threads, providers=c.providers)
+                both = validation.outputs(pair[0], a, count), validation.outputs(judged, b, count, c.progress)
                 outputs = validation.compare_outputs(c.graph.output_names, *both, c.annotations.class_outputs)
         if c.target.runs_here:
             c.progress("timing", index, 2)
@@ -264,6 +268,8 @@ def _measure_in_turn(
             session = runtime.session(c.runnable or c.graph, threads=threads, optimized_path=path)
             if index == 0:
                 kernel_of = validation.kernels(onnx.load(path, load_external_data=False))
+                if c.providers != runtime.CPU:
+                    session = runtime.session(c.graph, threads=threads, providers=c.providers)
                 results = validation.outputs(session, unseen(), count, c.progress)
                 rows = validation.compare_outputs(c.graph.output_names, references, results, c.annotations.class_outputs)
         if c.target.runs_here:

@@ -76,6 +76,7 @@ class Compilation:
     progress: Progress = silent
     device: str = "auto"  # of torch, for passes that train
     work_dir: Path | None = None  # where passes keep activations that memory should not hold, and what they can resume from
+    providers: tuple[str, ...] = ("CPUExecutionProvider",)  # of the runtime that validates the result
 
     def move_specs(self, old: str, new: Sequence[str]) -> None:
         """Let the nodes ``new``, which take the place of the node ``old``, become what it was to become, for the same reasons."""

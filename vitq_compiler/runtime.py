@@ -20,20 +20,29 @@ from vitq_compiler.quant import E4M3
 Feed = dict[str, Array]
 PROTOBUF_LIMIT = 2**31 - 2**20  # bytes; a larger model must go through files with external data
 
+CPU = ("CPUExecutionProvider",)
+PROVIDERS = {"cpu": CPU, "tensorrt": ("TensorrtExecutionProvider",), "nvtensorrtrtx": ("NvTensorRTRTXExecutionProvider",)}
+
 ort.set_default_logger_severity(4)  # what goes wrong is raised and told once
 ort.disable_telemetry_events()
 
 
 def session(
-    model: Graph | onnx.ModelProto | Path, *, threads: int = 0, brief: bool = False, optimized_path: Path | None = None
+    model: Graph | onnx.ModelProto | Path,
+    *,
+    threads: int = 0,
+    brief: bool = False,
+    optimized_path: Path | None = None,
+    providers: Sequence[str] = CPU,
 ) -> ort.InferenceSession:
-    """An ONNX Runtime session on the CPU.
+    """An ONNX Runtime session.
 
     Args:
         model: a graph, whose weights are then shared and not copied where they are large and in float; a ModelProto; or a file.
         threads: intra-op threads; 0 lets the runtime choose.
         brief: for one or two runs: skip what takes longer to prepare than it saves.
         optimized_path: also write the optimized graph here.
+        providers: execution providers of the runtime, see `providers_of`.
 
     Raises:
         TargetError: the runtime cannot load the graph.
@@ -56,17 +65,31 @@ def session(
                 return _Fed(light, weights, options)
             if weights:
                 options.add_external_initializers(list(weights), [_shared(w) for w in weights.values()])
-            return ort.InferenceSession(light.SerializeToString(), options, providers=["CPUExecutionProvider"])
+            return ort.InferenceSession(light.SerializeToString(), options, providers=list(providers))
         if isinstance(model, Path):
-            return ort.InferenceSession(str(model), options, providers=["CPUExecutionProvider"])
+            return ort.InferenceSession(str(model), options, providers=list(providers))
         if proto_bytes(model) < PROTOBUF_LIMIT:
-            return ort.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
+            return ort.InferenceSession(model.SerializeToString(), options, providers=list(providers))
         with tempfile.TemporaryDirectory() as folder:
             path = Path(folder) / "model.onnx"
             onnx.save(model, path, save_as_external_data=True)
-            return ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+            return ort.InferenceSession(str(path), options, providers=list(providers))
     except Exception as error:  # onnxruntime raises several private exception types
         raise TargetError(f"onnxruntime {ort.__version__} cannot load the graph: {first_line(error)}") from error
+
+
+def providers_of(name: str) -> tuple[str, ...]:
+    """The execution providers behind a name of `PROVIDERS`; the CPU takes what another one leaves.
+
+    Raises:
+        TargetError: there is no such name, or the installed runtime was built without it.
+    """
+    if name not in PROVIDERS:
+        raise TargetError(f"validation provider {name!r}: choose one of {', '.join(PROVIDERS)}")
+    wanted = PROVIDERS[name]
+    if missing := [provider for provider in wanted if provider not in ort.get_available_providers()]:
+        raise TargetError(f"validation provider {name!r}: onnxruntime {ort.__version__} has no {missing[0]}; install a build that has it")
+    return tuple(dict.fromkeys((*wanted, *CPU)))
 
 
 class _Fed(ort.InferenceSession):  # type: ignore[misc]  # it has no types
