@@ -5,9 +5,9 @@
 What EfficientFormer, LeViT, CoAtNet or a decoder writes as such a convolution is the same Linear that others write as one, and
 gets role, block and integer kernel like those. The transposes of neighbours cancel: an activation between them is moved over.
 
-Left alone, for measurement has shown no gain (benchmarks/RESULTS.md): few channels, C C' / (C + C') below ``least``, where the
-transposes cost what the kernel saves; and neighbours of a convolution over several pixels, as in MobileNet's blocks, which the
-runtime keeps in a layout of its own.
+Left alone by judgment, as whole models were too close to tell: few channels, C C' / (C + C') below ``least``, where the
+transposes may cost what the kernel saves; and neighbours of a convolution over several pixels, as in MobileNet's blocks, which
+the runtime keeps in a layout of its own.
 """
 
 from __future__ import annotations
