@@ -17,6 +17,7 @@ from tests.builders import (
     compilation,
     difference,
     feed_of,
+    model_of,
     ops,
     run_model,
     run_passes,
@@ -265,3 +266,18 @@ def test_products_that_are_to_be_quantized_stay() -> None:
     assert [note.reason for note in c.notes if note.stage == "fuse-attention"] == [
         "attention kept decomposed: its products are to be quantized"
     ]
+
+
+def test_tokens_that_lie_as_an_image_are_one_sequence() -> None:
+    text = """g (float[B, 2, 3, 8] x) => (float y) {
+        q0 = MatMul(x, wq) q1 = Reshape(q0, heads) q = Transpose<perm = [0, 2, 1, 3]>(q1)
+        k0 = MatMul(x, wk) k1 = Reshape(k0, heads) k = Transpose<perm = [0, 2, 3, 1]>(k1)
+        v0 = MatMul(x, wv) v1 = Reshape(v0, heads) v = Transpose<perm = [0, 2, 1, 3]>(v1)
+        s0 = MatMul(q, k) s = Add(s0, mask) p = Softmax<axis = -1>(s) o = MatMul(p, v)
+        o1 = Transpose<perm = [0, 2, 1, 3]>(o) o2 = Reshape(o1, image) y = MatMul(o2, wp)
+    }"""
+    random = np.random.default_rng(0)
+    weights = {name: random.normal(size=(8, 8)).astype(np.float32) for name in ("wq", "wk", "wv", "wp")}
+    shapes = {"heads": np.array([-1, 6, 2, 4]), "image": np.array([-1, 2, 3, 8])}
+    c = prepared(model_of(text, **weights, **shapes, mask=random.normal(size=(1, 2, 6, 6)).astype(np.float32)))
+    assert fused(c) == 1
