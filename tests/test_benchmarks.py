@@ -10,7 +10,7 @@ import pytest
 
 from benchmarks import __main__ as program
 from benchmarks import compile_time, latency, repair, tasks
-from benchmarks.accuracy import Score, evaluate
+from benchmarks.accuracy import Graphs, Score, evaluate, plainness, summarize
 from benchmarks.models import obtain
 from benchmarks.tables import Report, Table, cpu_model, shown, versions
 from tests.builders import Sizes, vit
@@ -19,6 +19,7 @@ from vitq_compiler.data import open_data
 from vitq_compiler.graph import InputSpec
 from vitq_compiler.metrics import sqnr
 from vitq_compiler.preprocess import resolve
+from vitq_compiler.recipe import load_recipe
 
 
 @pytest.fixture
@@ -176,6 +177,24 @@ def test_evaluation_is_in_batches_and_in_order(tiny: Path) -> None:
     scores = evaluate(task, {"float": session, "same": session}, images, labels, order)
     assert (scores["same"].images, scores["same"].right, scores["same"].agreeing) == (20, 5, 20)
     assert scores["same"].sqnr == float("inf")
+
+
+def test_rows_are_means_over_seeds_with_the_spread_of_top_1() -> None:
+    scores = {
+        ("float", 0): Score(10, 9, 10, 1.0, 0.0),
+        ("vitq", 0): Score(10, 8, 9, 100.0, 1.0),
+        ("vitq", 1): Score(10, 5, 6, 1000.0, 1.0),
+    }
+    rows = summarize(scores, Graphs({}, {}, {"vitq": "yes"}), {key: 1.0 + key[1] for key in scores})
+    assert rows[0] == ("float", 0.9, None, 1.0, None, "", 1.0, None)
+    assert rows[1] == ("vitq", pytest.approx(0.65), pytest.approx(0.3), pytest.approx(0.75), pytest.approx(25), "yes", 1.5, None)
+
+
+@pytest.mark.parametrize(
+    ("recipe", "told"), [("w8a8", "yes"), ("best", "yes"), ("repq-vit", "but probs"), ("adalog", "but fc2, probs"), ("fp8", "yes")]
+)
+def test_what_is_no_plain_qdq_is_told(recipe: str, told: str) -> None:
+    assert plainness(load_recipe(recipe)) == told
 
 
 # The command line
