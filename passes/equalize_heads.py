@@ -19,7 +19,7 @@ from vitq_compiler.blocks.attention import Attention, HeadView, scale_features
 from vitq_compiler.calibration import ChannelStatistics
 from vitq_compiler.passes._observed_heads import ObservedHeads
 from vitq_compiler.pipeline import Compilation
-from vitq_compiler.quant import equalizing_scale
+from vitq_compiler.quant import check_strength, equalizing_scale
 
 
 @dataclass(frozen=True)
@@ -33,7 +33,7 @@ class EqualizeHeads(ObservedHeads):
     per_head: bool = False
 
     def __post_init__(self) -> None:
-        equalizing_scale(np.ones(1), self.strength)  # refuses a strength outside 0 to 1
+        check_strength(self.strength)
 
     def rewrite(self, c: Compilation, attention: Attention, seen: dict[str, ChannelStatistics]) -> None:
         """Into the Linear layers of q and k."""

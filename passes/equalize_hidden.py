@@ -21,7 +21,7 @@ from vitq_compiler.blocks.linear import add_to_bias
 from vitq_compiler.blocks.mlp import Mlp
 from vitq_compiler.graph import value
 from vitq_compiler.pipeline import Compilation, Fact, Pass
-from vitq_compiler.quant import Edge, equalizing_scale
+from vitq_compiler.quant import Edge, check_strength, equalizing_scale
 
 
 @dataclass(frozen=True)
@@ -35,7 +35,7 @@ class EqualizeHidden(Pass):
     strength: float = 0.5
 
     def __post_init__(self) -> None:
-        equalizing_scale(np.ones(1), self.strength)  # refuses a strength outside 0 to 1
+        check_strength(self.strength)
 
     def run(self, c: Compilation) -> int:
         changes = 0

@@ -18,7 +18,7 @@ from vitq_compiler.blocks.attention import Attention, check_private, scale_featu
 from vitq_compiler.blocks.linear import absorb
 from vitq_compiler.pattern import MatchFailure
 from vitq_compiler.pipeline import Compilation, Fact, Pass
-from vitq_compiler.quant import Edge, equalizing_scale
+from vitq_compiler.quant import Edge, check_strength, equalizing_scale
 
 
 @dataclass(frozen=True)
@@ -32,7 +32,7 @@ class EqualizeValues(Pass):
     strength: float = 0.5
 
     def __post_init__(self) -> None:
-        equalizing_scale(np.ones(1), self.strength)  # refuses a strength outside 0 to 1
+        check_strength(self.strength)
 
     def run(self, c: Compilation) -> int:
         changes = 0

@@ -4,29 +4,37 @@
 
 with per-channel scales s and zero points z from calibration, one target pair (S, Z), r1 = (s / S)^strength and
 r2 = z - Z an integer vector (RepQ-ViT, arXiv 2212.08254). Then a' = (a + s r2) / r1 has nearly the same centred range in
-every channel, so one scale per tensor serves. strength 1 is RepQ-ViT; below 1 less of the spread goes into the weight,
-as in SmoothQuant (arXiv 2211.10438).
+every channel, so one scale per tensor serves.
 
-Precondition: every reader of the output is a Linear, and one of them is to be quantized; any other would see a' for a. What
-only moves tokens, such as the partition into windows, may lie between: it does the same to a' as to a.
+S       ``common=mean`` of s (RepQ-ViT), or ``median`` (DopQ-ViT, arXiv 2408.03291)
+Z       the middle code of the readers' quantizers: a symmetric one, which has no zero point, then loses nothing
+r1      ``strength`` 1 is RepQ-ViT; below 1 less of the spread goes into the weight (SmoothQuant, arXiv 2211.10438); with ``limit``
+        its largest element is at most so many times the smallest
+r2      zero with ``center=false``: the scales alone move, as in SmoothQuant
+
+Precondition: Linear layers read the output, directly or through layout operations and means of tokens (windows, patch merging,
+pooling do the same to a' as to a), nothing else does, and one of them is to be quantized.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import reduce
+from math import inf
+from typing import cast, get_args
 
 import numpy as np
+from numpy.typing import NDArray
 
-from vitq_compiler.blocks.linear import Linear, absorb, sole_readers
+from vitq_compiler.blocks.linear import Linear, absorb
+from vitq_compiler.blocks.residual import readers_of_norm
 from vitq_compiler.calibration import ChannelStatistics
 from vitq_compiler.graph import Graph, Node, value
 from vitq_compiler.pattern import MatchFailure
 from vitq_compiler.pipeline import Compilation, Fact, Pass
-from vitq_compiler.quant import Edge, equalizing_scale
+from vitq_compiler.quant import Common, Edge, QuantSpec, check_strength, equalizing_scale
 
-CODES = 255
-MIDDLE = 128  # the target zero point Z: ranges end up centred
+Vector = NDArray[np.float32]
 
 
 @dataclass(frozen=True)
@@ -38,44 +46,53 @@ class ReparameterizeLayernorm(Pass):
     drops = frozenset({Fact.QPARAMS})
     exact = True
     strength: float = 0.5
+    common: str = "mean"
+    limit: float = inf
+    center: bool = True
 
     def __post_init__(self) -> None:
-        equalizing_scale(np.ones(1), self.strength)  # refuses a strength outside 0 to 1
+        check_strength(self.strength)
+        if self.common not in get_args(Common):
+            raise ValueError(f"common must be mean or median, got {self.common}")
+        if not self.limit >= 1:
+            raise ValueError(f"limit must be at least 1, got {self.limit}")
 
     def run(self, c: Compilation) -> int:
         changes = 0
         for node in c.graph.find("LayerNormalization"):
             try:
-                linears = self._readers(c, node)
+                self._reparameterize(c, node)
+                changes += 1
             except MatchFailure as failure:
                 self.note(c, node.name, f"LayerNormalization keeps its ranges: {failure.reason}")
-                continue
-            inputs = {linear.input.name for linear in linears} & c.table.statistics.keys()
-            shift, scale = self.factors(reduce(ChannelStatistics.merge, [c.table.statistics[name] for name in inputs]))
-            fold(c.graph, node, linears, shift, scale)
-            for name in inputs:
-                c.table.rescale(name, scale, shift)
-            changes += 1
         return changes
 
-    def factors(self, seen: ChannelStatistics) -> tuple[np.ndarray, np.ndarray]:
-        """(s r2, r1), float32 of shape [channels] each, for the observed channel ranges."""
-        width, scale = equalizing_scale(seen.high - seen.low, self.strength)
-        step = width / CODES
-        zero_point = np.rint(-seen.low / step)
-        shift = step * (zero_point - MIDDLE)
+    def _reparameterize(self, c: Compilation, node: Node) -> None:
+        linears = readers_of_norm(c.graph, node, c.annotations.linears)
+        specs = [c.specs[edge] for linear in linears if (edge := Edge(linear.name, 0)) in c.specs]
+        if not specs:
+            raise MatchFailure("no Linear that is to be quantized reads it")
+        width = node.outputs[0].shape[-1]
+        inputs = {linear.input.name: linear.in_features // width for linear in linears if linear.input.name in c.table.statistics}
+        seen = [part for name, copies in inputs.items() for part in c.table.statistics[name].split(copies)]
+        shift, scale = self.factors(reduce(ChannelStatistics.merge, seen), specs[0])
+        fold(c.graph, node, linears, shift, scale)
+        for name, copies in inputs.items():
+            c.table.rescale(name, np.tile(scale, copies), np.tile(shift, copies))
+
+    def factors(self, seen: ChannelStatistics, spec: QuantSpec) -> tuple[Vector, Vector]:
+        """(s r2, r1), shape [channels] each, for the observed channel ranges and the quantizer that they are for."""
+        width = seen.high - seen.low if self.center else 2 * np.maximum(np.abs(seen.low), np.abs(seen.high))
+        live, scale = equalizing_scale(width, self.strength, common=cast(Common, self.common), limit=self.limit)
+        if not self.center:
+            return np.zeros_like(scale), scale
+        codes, middle = (254, 127) if spec.symmetric else (255, 128)  # of 8 bits: the grid of fewer would centre no better
+        step = live / codes
+        shift = step * (np.rint(-seen.low / step) - middle)
         return shift.astype(np.float32), scale
 
-    def _readers(self, c: Compilation, node: Node) -> list[Linear]:
-        linears = sole_readers(node.outputs[0], c.annotations.by_matmul, c.graph)
-        if not any(Edge(linear.name, 0) in c.specs for linear in linears):
-            raise MatchFailure("no Linear that is to be quantized reads it")
-        if node.attrs.get("axis", -1) not in (-1, len(node.outputs[0].shape) - 1):
-            raise MatchFailure("it normalizes more than the last axis")
-        return linears
 
-
-def fold(graph: Graph, node: Node, linears: list[Linear], shift: np.ndarray, scale: np.ndarray) -> None:
+def fold(graph: Graph, node: Node, linears: list[Linear], shift: Vector, scale: Vector) -> None:
     """Replace the output a of a LayerNormalization by (a + shift) / scale and make its readers undo it."""
     gamma = value(node.inputs[1])
     beta = value(node.inputs[2]) if len(node.inputs) > 2 else np.zeros_like(gamma)
@@ -84,4 +101,5 @@ def fold(graph: Graph, node: Node, linears: list[Linear], shift: np.ndarray, sca
         node.inputs.append(graph.constant(f"{node.name}/beta", beta))
     node.inputs[2].values = ((beta + shift) / scale).astype(np.float32)
     for linear in linears:
-        absorb(graph, linear, shift, scale)
+        copies = linear.in_features // len(scale)
+        absorb(graph, linear, np.tile(shift, copies), np.tile(scale, copies))

@@ -33,6 +33,11 @@ class ChannelStatistics:
         mean = (self.mean * self.batches + other.mean * other.batches) / batches
         return ChannelStatistics(np.minimum(self.low, other.low), np.maximum(self.high, other.high), mean.astype(np.float32), batches)
 
+    def split(self, copies: int) -> list[ChannelStatistics]:
+        """Of a tensor that holds the same channels ``copies`` times side by side: the statistics of each."""
+        parts = zip(*(np.split(x, copies) for x in (self.low, self.high, self.mean)), strict=True)
+        return [ChannelStatistics(low, high, mean, self.batches) for low, high, mean in parts]
+
 
 @dataclass
 class CalibrationTable:

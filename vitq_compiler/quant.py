@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
+from math import inf
 from typing import TYPE_CHECKING, Any, Literal
 
 import ml_dtypes
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
 Float = NDArray[np.floating[Any]]
 Format = Literal["int", "e4m3"]
 Granularity = Literal["per_tensor", "per_channel"]
+Common = Literal["mean", "median"]
 
 E4M3: np.dtype[Any] = np.dtype(ml_dtypes.float8_e4m3fn)
 LARGEST_E4M3 = 448
@@ -170,7 +172,15 @@ def from_range(low: Float, high: Float, spec: QuantSpec, axis: int | None = None
     return QuantParams(np.maximum(scale, smallest).astype(np.float32), zero_point.astype(np.int32), axis, spec.quant_min, spec.quant_max)
 
 
-def equalizing_scale(width: Float, strength: float) -> tuple[NDArray[np.float64], NDArray[np.float32]]:
+def check_strength(strength: float) -> None:
+    """Refuse a strength of `equalizing_scale`: ValueError outside 0 to 1."""
+    if not 0 <= strength <= 1:
+        raise ValueError(f"strength must lie in 0 to 1, got {strength}")
+
+
+def equalizing_scale(
+    width: Float, strength: float, *, common: Common = "mean", limit: float = inf
+) -> tuple[NDArray[np.float64], NDArray[np.float32]]:
     """How much to divide each channel by, so that one scale serves all.
 
     A dead channel counts as if its range were a thousandth of the median one, so that no scale vanishes.
@@ -178,17 +188,19 @@ def equalizing_scale(width: Float, strength: float) -> tuple[NDArray[np.float64]
     Args:
         width: size of each channel's range, shape [channels].
         strength: 1 makes all ranges equal, 0 changes nothing (the alpha of SmoothQuant, arXiv 2211.10438).
+        common: the width that keeps its size: the mean one (RepQ-ViT, arXiv 2212.08254), or the median one, which outliers
+            do not pull (DopQ-ViT, arXiv 2408.03291).
+        limit: the largest factor may be this many times the smallest; where it would be more, the strength is lowered until it fits.
 
     Returns:
-        The widths with dead channels raised, and (width / mean width)^strength.
-
-    Raises:
-        ValueError: strength lies outside 0 to 1.
+        The widths with dead channels raised, and (width / common width)^strength.
     """
-    if not 0 <= strength <= 1:
-        raise ValueError(f"strength must lie in 0 to 1, got {strength}")
     live = np.maximum(np.asarray(width, np.float64), 1e-3 * max(float(np.median(width)), 1e-12))
-    return live, ((live / live.mean()) ** strength).astype(np.float32)
+    spread = np.log(live.max() / live.min())
+    if strength * spread > np.log(limit):
+        strength = float(np.log(limit) / spread)
+    middle = live.mean() if common == "mean" else np.median(live)
+    return live, ((live / middle) ** strength).astype(np.float32)
 
 
 def quantize(x: Float, params: QuantParams) -> NDArray[Any]:

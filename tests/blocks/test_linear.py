@@ -1,12 +1,11 @@
-"""Linear layers: what is one, its readers, its bias."""
+"""Linear layers: what is one, its bias."""
 
 import numpy as np
 import pytest
 
 from tests.builders import graph_of, ops, run_model
-from vitq_compiler.blocks.linear import Linear, add_to_bias, find_linears, sole_readers
+from vitq_compiler.blocks.linear import Linear, add_to_bias, find_linears
 from vitq_compiler.graph import Graph, value
-from vitq_compiler.pattern import MatchFailure
 
 W, BIAS = np.arange(12, dtype=np.float32).reshape(3, 4), np.array([1, 2, 3, 4], np.float32)
 
@@ -70,25 +69,6 @@ def test_a_product_that_is_a_graph_output_has_no_bias() -> None:
 def test_other_products_are_none(text: str, weights: dict[str, np.ndarray]) -> None:
     g = graph_of(f"g (float[B, 5, 3] x) => (float y) {{ {text} }}", **weights)
     assert find_linears(g) == []
-
-
-def test_sole_readers() -> None:
-    g = graph("a = Relu(x) m = MatMul(a, w) n = MatMul(a, w2) y = Add(m, n)", w2=W + 1)
-    linears = find_linears(g)
-    by_matmul = {id(linear.matmul): linear for linear in linears}
-    assert sole_readers(g.tensor("a"), by_matmul, g) == linears
-    assert sole_readers(g.tensor("y"), {}, graph("y = MatMul(x, w)")) == []
-    g.set_outputs([g.tensor("y"), g.tensor("a")])
-    with pytest.raises(MatchFailure, match="a is a graph output"):
-        sole_readers(g.tensor("a"), by_matmul, g)
-
-
-@pytest.mark.parametrize("other", ["r = Relu(a) y = Add(m, r)", "t = Transpose <perm = [0, 2, 1]> (a) p = MatMul(t, m) y = MatMul(a, p)"])
-def test_a_reader_that_is_no_linear(other: str) -> None:
-    g = graph(f"a = Relu(x) m = MatMul(a, w) {other}", w=np.eye(3, 4, dtype=np.float32)[:, :3])
-    by_matmul = {id(linear.matmul): linear for linear in find_linears(g)}
-    with pytest.raises(MatchFailure, match="its output is also read by"):
-        sole_readers(g.tensor("a"), by_matmul, g)
 
 
 @pytest.mark.parametrize("text", ["m = MatMul(x, w) y = Add(m, c)", "m = MatMul(x, w) y = Relu(m)", "y = MatMul(x, w)"])

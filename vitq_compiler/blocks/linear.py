@@ -9,7 +9,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from vitq_compiler.graph import Graph, Node, Tensor, is_constant, readers, value
-from vitq_compiler.pattern import MatchFailure
 
 ROLES = ("qkv", "mix", "proj", "fc1", "gate", "fc2", "head", "linear", "patch_embed")
 
@@ -78,58 +77,6 @@ def as_linear(graph: Graph, matmul: Node) -> Linear | None:
 def is_depthwise(node: Node) -> bool:
     """Whether ``node`` is a convolution that keeps every channel to itself."""
     return node.op == "Conv" and is_constant(node.inputs[1]) and value(node.inputs[1]).shape[1] == 1 and node.attrs.get("group", 1) > 1
-
-
-def sole_readers(tensor: Tensor, linears: dict[int, Linear], graph: Graph) -> list[Linear]:
-    """The Linear layers that read ``tensor``, directly or moved token by token, where nothing else reads it.
-
-    Moves are layout operations that keep the last axis whole, such as the partition of an image into windows.
-
-    Args:
-        tensor: an activation, channels last.
-        linears: all Linear layers, by id of their MatMul.
-        graph: the graph, to know its outputs.
-
-    Raises:
-        MatchFailure: something other than a Linear reads it.
-    """
-    found: dict[int, Linear] = {}
-    moved, stack = {id(tensor)}, [tensor]
-    joins: list[Node] = []
-    while stack:
-        current = stack.pop()
-        if graph.is_output(current):
-            raise MatchFailure(f"{current.name} is a graph output")
-        for node in readers(current):
-            linear = linears.get(id(node))
-            if linear is not None and node.inputs[1] is not current:
-                found[id(node)] = linear
-            elif keeps_channels(node, current):
-                joins += [node] if node.op == "Concat" else []
-                fresh = [t for t in node.outputs if id(t) not in moved]
-                moved |= {id(t) for t in fresh}
-                stack += fresh
-            else:
-                raise MatchFailure(f"its output is also read by {node.op} {node.name}", node.name)
-    if strange := next((node for node in joins if any(id(t) not in moved for t in node.inputs)), None):
-        raise MatchFailure(f"its output is joined with others by {strange.op} {strange.name}", strange.name)
-    return list(found.values())
-
-
-def keeps_channels(node: Node, tensor: Tensor) -> bool:
-    """Whether ``node`` only moves, drops or repeats whole tokens of its operand ``tensor``, whose last axis holds channels."""
-    shape, result = list(tensor.shape or []), list(node.outputs[0].shape or [])
-    if len(shape) < 2 or not result or result[-1] != shape[-1] or not isinstance(shape[-1], int):
-        return False
-    last = (-1, len(shape) - 1)
-    if node.op == "Transpose":
-        return bool(node.attrs.get("perm", [0])[-1] == len(shape) - 1)
-    if node.op in ("Concat", "Split", "Gather"):
-        return node.attrs.get("axis", 0) not in last
-    if node.op == "Slice":
-        axes = value(node.inputs[3]).tolist() if len(node.inputs) > 3 and is_constant(node.inputs[3]) else list(last)
-        return not set(axes) & set(last)
-    return node.op in ("Reshape", "Identity")
 
 
 def absorb(graph: Graph, linear: Linear, shift: NDArray[Any], scale: NDArray[Any]) -> None:
