@@ -51,7 +51,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--float-type", choices=["fp32", "fp16"], help="of what target tensorrt does not quantize [fp16; fp32 runs faster here]"
     )
-    parser.add_argument("--attention", choices=["float", "int8"], help="operands of the attention products, of vitq [the recipe's choice]")
+    parser.add_argument("--attention", choices=["float", "int8", "fp8"], help="operands of attention products [the recipe's]")
     parser.add_argument("--threads", type=int, default=0, metavar="N", help="of the runtime; 0 for all cores [0]")
     parser.add_argument("--compare", action="store_true", help="measure the graphs of onnxruntime.quantization too")
 

@@ -6,13 +6,14 @@ products get one where the recipe has them.
 
 from __future__ import annotations
 
-import re
 from dataclasses import dataclass
 
 from vitq_compiler.annotations import understand
 from vitq_compiler.blocks.attention import Attention
 from vitq_compiler.errors import ModelError
 from vitq_compiler.graph import Node
+from vitq_compiler.passes._operand_specs import excluding_pattern, operand_specs
+from vitq_compiler.pattern import MatchFailure
 from vitq_compiler.pipeline import Compilation, Fact, Pass
 from vitq_compiler.quant import Edge
 
@@ -60,16 +61,14 @@ class Annotate(Pass):
         specs = c.recipe.attention_specs()
         if not specs or self._kept(c, attention.softmax):
             return
-        tokens, head_dim = attention.scores.outputs[0].shape[-1], len(attention.q.columns) // attention.heads
-        if fault := c.target.attention_fault(head_dim, tokens if isinstance(tokens, int) else 0, next(iter(specs.values()))):
-            self.note(c, attention.softmax.name, f"attention stays in float: {fault}")
-            return
-        c.specs.update({attention.edges[operand]: c.target.fit(spec) for operand, spec in specs.items()})
+        try:
+            c.specs.update(operand_specs(c, attention, specs))
+        except MatchFailure as failure:
+            self.note(c, attention.softmax.name, f"attention stays in float: {failure.reason}")
 
     def _kept(self, c: Compilation, node: Node) -> bool:
         """Whether the user keeps ``node`` in float; if so it is noted."""
-        names = (node.name, c.graph.scope(node))
-        pattern = next((p for p in c.recipe.exclude if any(re.search(p, n) for n in names)), None)
+        pattern = excluding_pattern(c, node)
         if pattern is not None:
             self.note(c, node.name, f"excluded by {pattern!r}")
         return pattern is not None

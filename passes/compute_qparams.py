@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from vitq_compiler.graph import Node, is_constant, value
+from vitq_compiler.graph import Node, Tensor, is_constant, value
 from vitq_compiler.pipeline import Compilation, Fact, Pass
 from vitq_compiler.quant import QuantParams, QuantSpec, from_range
 from vitq_compiler.quantizer import quantizer_for
@@ -39,12 +39,17 @@ class ComputeQparams(Pass):
                 fit = self.weights == "mse" and matrix
                 c.params[edge] = fit_scales(value(tensor), spec, np.ones(tensor.shape[0])) if fit else weight_params(node, spec)
             else:
-                seen = c.table.statistics[tensor.name]
-                low, high = seen.low.min(), seen.high.max()
-                if spec.format == "e4m3" and tensor.inputs and tensor.inputs[0].op == "Softmax":
-                    low, high = np.float32(0), np.float32(1)  # the scale 1/448, which fused attention kernels are made for
-                c.params[edge] = quantizer_for(spec).from_range(float(low), float(high), spec)
+                c.params[edge] = activation_params(c, tensor, spec)
         return len(c.specs)
+
+
+def activation_params(c: Compilation, tensor: Tensor, spec: QuantSpec) -> QuantParams:
+    """Parameters that cover all that calibration saw of a tensor."""
+    seen = c.table.statistics[tensor.name]
+    low, high = float(seen.low.min()), float(seen.high.max())
+    if spec.format == "e4m3" and tensor.inputs and tensor.inputs[0].op == "Softmax":
+        low, high = 0.0, 1.0  # the scale 1/448, which fused attention kernels are made for
+    return quantizer_for(spec).from_range(low, high, spec)
 
 
 def weight_params(node: Node, spec: QuantSpec) -> QuantParams:

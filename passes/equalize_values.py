@@ -54,3 +54,8 @@ class EqualizeValues(Pass):
         scale_features(attention.v, 1 / ratio)
         absorb(c.graph, attention.proj, np.zeros_like(ratio), ratio)
         c.table.rescale(attention.proj.input.name, ratio, np.zeros_like(ratio))
+        values = attention.context.inputs[1].name if attention.fused is None else ""
+        if (known := c.table.statistics.get(values)) is not None:
+            # Of heads counted into the batch only the ranges of all together are known: the widest they can have become.
+            own = ratio if known.low.size == ratio.size else ratio.reshape(-1, known.low.size).min(0)
+            c.table.rescale(values, own, np.zeros_like(own))

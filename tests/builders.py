@@ -109,6 +109,7 @@ class Batches:
     spread: float = 1.0
     warnings: tuple[str, ...] = ()
     synthetic: bool = False
+    validation_count: int = 0
 
     @property
     def calibration_count(self) -> int:

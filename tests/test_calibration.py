@@ -20,14 +20,14 @@ def batches(count: int = 3, shape: tuple[int, ...] = (2, 3, 4)) -> list[Feed]:
     return [{"x": random.normal(i, 1, shape).astype(np.float32)} for i in range(count)]
 
 
-def gather(graph: Graph, axes: dict[str, int], feeds: list[Feed]) -> CalibrationTable:
+def gather(graph: Graph, axes: dict[str, tuple[int, ...]], feeds: list[Feed]) -> CalibrationTable:
     return collect(graph, axes, feeds, len(feeds), threads=1, progress=silent)
 
 
 @pytest.mark.parametrize("axis", [0, 1, 2, -1, -2])
 def test_ranges_are_those_of_numpy(axis: int) -> None:
     feeds = batches()
-    table = gather(graph_of(TEXT, w=W), {"a": axis}, feeds)
+    table = gather(graph_of(TEXT, w=W), {"a": (axis,)}, feeds)
     values = [feed["x"] * W for feed in feeds]
     others = tuple(i for i in range(3) if i != axis % 3)
     np.testing.assert_array_equal(table.statistics["a"].low, np.min([v.min(others) for v in values], 0))
@@ -36,9 +36,17 @@ def test_ranges_are_those_of_numpy(axis: int) -> None:
     assert table.samples == 6
 
 
+def test_channels_on_several_axes_are_counted_through() -> None:
+    feeds = batches(shape=(2, 3, 4))
+    seen = gather(graph_of(TEXT, w=W), {"a": (1, -1)}, feeds).statistics["a"]
+    values = np.concatenate([feed["x"] * W for feed in feeds])
+    np.testing.assert_array_equal(seen.low, values.min(0).reshape(-1))
+    np.testing.assert_array_equal(seen.high, values.max(0).reshape(-1))
+
+
 def test_several_tensors_inputs_and_outputs_too() -> None:
     feeds = batches()
-    table = gather(graph_of(TEXT, w=W), {"x": -1, "a": 1, "y": 2}, feeds)
+    table = gather(graph_of(TEXT, w=W), {"x": (-1,), "a": (1,), "y": (2,)}, feeds)
     assert set(table.statistics) == {"x", "a", "y"}
     assert table.statistics["a"].low.shape == (3,)
     np.testing.assert_array_equal(table.statistics["x"].high, np.concatenate([f["x"] for f in feeds]).max((0, 1)))
@@ -48,20 +56,20 @@ def test_several_tensors_inputs_and_outputs_too() -> None:
 def test_images_are_reduced_per_colour() -> None:
     graph = graph_of("g (float[B, 3, 4, 4] x) => (float[B, 3, 4, 4] y) { y = Relu(x) }")
     feeds = batches(2, (5, 3, 4, 4))
-    table = gather(graph, {"x": 1}, feeds)
+    table = gather(graph, {"x": (1,)}, feeds)
     np.testing.assert_array_equal(table.statistics["x"].low, np.concatenate([f["x"] for f in feeds]).min((0, 2, 3)))
 
 
 def test_a_matrix_of_one_row_per_image() -> None:
     graph = graph_of("g (float[B, 4] x) => (float[B, 4] y) { y = Relu(x) }")
     feeds = batches(2, (3, 4))
-    assert gather(graph, {"x": -1}, feeds).statistics["x"].low.shape == (4,)
+    assert gather(graph, {"x": (-1,)}, feeds).statistics["x"].low.shape == (4,)
 
 
 def test_the_graph_is_left_alone() -> None:
     graph = graph_of(TEXT, w=W)
     before = graph.text()
-    gather(graph, {"a": -1}, batches())
+    gather(graph, {"a": (-1,)}, batches())
     assert graph.text() == before
 
 
@@ -69,7 +77,7 @@ def test_the_order_of_batches_does_not_matter() -> None:
     graph = compilation(vit()).graph
     feeds = [{"image": np.random.default_rng(seed).normal(size=(2, 3, 8, 8)).astype(np.float32)} for seed in range(3)]
     name = graph.find("LayerNormalization")[0].outputs[0].name
-    one, other = gather(graph, {name: -1}, feeds), gather(graph, {name: -1}, feeds[::-1])
+    one, other = gather(graph, {name: (-1,)}, feeds), gather(graph, {name: (-1,)}, feeds[::-1])
     np.testing.assert_array_equal(one.statistics[name].low, other.statistics[name].low)
     assert (one.statistics[name].low < one.statistics[name].high).all()
 
@@ -79,7 +87,7 @@ def test_tensors_that_are_not_finite_are_refused(bad: float) -> None:
     feeds = batches()
     feeds[1]["x"][1, 2, 3] = bad
     with pytest.raises(ModelError, match=r"tensor x is not finite on the calibration data"):
-        gather(graph_of(TEXT, w=W), {"x": -1}, feeds)
+        gather(graph_of(TEXT, w=W), {"x": (-1,)}, feeds)
 
 
 def test_progress_and_laziness() -> None:
@@ -92,7 +100,7 @@ def test_progress_and_laziness() -> None:
             assert len(told) == index, "a batch is made when the one before it has been counted"
             yield feed
 
-    collect(graph_of(TEXT, w=W), {"a": -1}, lazy(), 6, threads=1, progress=lambda *step: told.append(step))
+    collect(graph_of(TEXT, w=W), {"a": (-1,)}, lazy(), 6, threads=1, progress=lambda *step: told.append(step))
     assert told == [("calibrating", 2, 6), ("calibrating", 4, 6), ("calibrating", 6, 6)]
     assert asked == [0, 1, 2]
 
@@ -114,7 +122,7 @@ def test_merge_and_update() -> None:
 def test_rescale_follows_the_rewrite() -> None:
     graph = graph_of("g (float[B, 3, 4] x) => (float[B, 3, 4] y) { a = Add(x, shift) y = Div(a, scale) }", shift=W, scale=np.abs(W) + 1)
     feeds = batches()
-    table = gather(graph, {"x": -1, "y": -1}, feeds)
+    table = gather(graph, {"x": (-1,), "y": (-1,)}, feeds)
     table.rescale("x", np.abs(W) + 1, W)
     np.testing.assert_allclose(table.statistics["x"].low, table.statistics["y"].low, rtol=1e-6)
     np.testing.assert_allclose(table.statistics["x"].high, table.statistics["y"].high, rtol=1e-6)

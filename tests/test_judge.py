@@ -82,6 +82,16 @@ def test_a_compiled_model_runs_in_integers(attention: str, types: str, capabilit
 
 
 @installed
+def test_8_bit_float_attention_between_integer_products(tmp_path: Path) -> None:
+    path = tmp_path / "vit.onnx"
+    onnx.save(vit(Sizes(image=32, patch=4, width=64, heads=2, hidden=128, depth=2, classes=16)), path)
+    compile(path, tmp_path / "out.onnx", target="tensorrt", attention="fp8", threads=1, samples=4)
+    verdict = judge(tmp_path / "out.onnx", "8.9")
+    assert verdict.attention == {"FP8/FP8/FP8->Half": 2}
+    assert verdict.products["Int8 x Int8->Half"] == 2 * 4
+
+
+@installed
 def test_8_bit_floats(tmp_path: Path) -> None:
     path = tmp_path / "vit.onnx"
     onnx.save(vit(Sizes(image=32, patch=4, width=64, heads=2, hidden=128, depth=2, classes=16)), path)

@@ -6,11 +6,12 @@ from typing import Any
 import pytest
 
 from tests.builders import find_pass
+from vitq_compiler.blocks.attention import OPERANDS
 from vitq_compiler.catalog import FRONT
 from vitq_compiler.errors import RecipeError
 from vitq_compiler.pipeline import Pipeline
 from vitq_compiler.quant import QuantSpec
-from vitq_compiler.recipe import load_recipe, parse_recipe, recipe_names
+from vitq_compiler.recipe import ATTENTION, load_recipe, parse_recipe, recipe_names
 
 GOOD = """
 description = "four bits"
@@ -142,6 +143,15 @@ def test_other_bits_reach_all_that_does_not_fix_its_own() -> None:
     assert (recipe.weight_spec("fc1").bits, recipe.activation_spec("fc1").bits, recipe.activation_spec("fc2").bits) == (3, 4, 5)
     assert {operand: spec.bits for operand, spec in recipe.attention_specs().items()} == {"probs": 6, "q": 4}
     assert recipe.with_bits(None) is recipe
+
+
+@pytest.mark.parametrize("recipe", ["w8a8", "fp8", "best"])
+def test_attention_by_one_word(recipe: str) -> None:
+    specs = {kind: load_recipe(recipe).with_attention(kind).attention_specs() for kind in ATTENTION}
+    assert specs["float"] == {}
+    assert {operand: (spec.format, spec.bits) for operand, spec in specs["int8"].items()} == dict.fromkeys(OPERANDS, ("int", 8))
+    assert {operand: spec.format for operand, spec in specs["fp8"].items()} == dict.fromkeys(OPERANDS, "e4m3")
+    assert load_recipe(recipe).with_attention(None) == load_recipe(recipe)
 
 
 @pytest.mark.parametrize("text", ["w4", "4", "w1a4", "w4a9", "w4a4 ", "W4A4"])

@@ -8,7 +8,7 @@ import pytest
 from rich.console import Console
 
 from tests.sample_report import FLOAT_HEAD, MET, MISSED, NOT_INTEGER, linear, sample_report
-from vitq_compiler.report import CompileReport, LatencyRow, Validation
+from vitq_compiler.report import AttentionRow, CompileReport, LatencyRow, Validation
 from vitq_compiler.terminal import LOG_COLUMNS, console_for, gate_line, progress_on, show
 
 SUMMARY = """\
@@ -109,6 +109,23 @@ def test_verbosity() -> None:
     ):
         assert only_verbose not in default
         assert only_verbose in verbose
+
+
+def test_the_price_of_attention() -> None:
+    table = """
+Attention | in blocks | SQNR on 4 |
+----------+-----------+-----------+----------------------------------------
+float     | -         |  31.20 dB | chosen
+int8      | 10 of 12  |  24.60 dB | there is no fused kernel
+fp8       | 0 of 12   |         - | compute capability 8.0 has no such kind
+"""
+    rows = (
+        AttentionRow("float", True, 0, 12, 31.2, 4),
+        AttentionRow("int8", False, 10, 12, 24.6, 4, "there is no fused kernel"),
+        AttentionRow("fp8", False, 0, 12, None, 4, "compute capability 8.0 has no such kind"),
+    )
+    assert table in printed(sample_report(attention=rows))
+    assert sample_report(attention=rows).to_dict()["attention"][1]["sqnr_db"] == 24.6
 
 
 def test_time_passes() -> None:

@@ -193,8 +193,9 @@ OPTIONS = [
     Option(
         WHAT,
         "--attention",
-        type=click.Choice(["float", "int8"]),
-        help="What the operands of the attention products become.  [default: the recipe's choice, float]",
+        type=click.Choice(["float", "int8", "fp8"]),
+        help="What the operands of the attention products become; the report for tensorrt tells the price of each.  "
+        "[default: the recipe's choice, float]",
     ),
     Option(
         WHAT,

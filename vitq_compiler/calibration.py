@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import islice
 
@@ -64,13 +64,13 @@ class CalibrationTable:
 
 
 def collect(
-    graph: Graph, channel_axes: dict[str, int], batches: Iterable[Feed], total: int, *, threads: int, progress: Progress
+    graph: Graph, channel_axes: Mapping[str, tuple[int, ...]], batches: Iterable[Feed], total: int, *, threads: int, progress: Progress
 ) -> CalibrationTable:
     """Run ``batches`` and keep the statistics of each tensor per channel.
 
     Args:
         graph: the float graph; not changed.
-        channel_axes: tensor name -> the axis of its channels.
+        channel_axes: tensor name -> the axis of its channels, or several that are counted through.
         batches: inputs by name.
         total: number of samples to come, for the progress display.
         threads: as in `runtime.session`.
@@ -82,12 +82,14 @@ def collect(
     copy = graph.snapshot()
     reductions: dict[str, list[str]] = {}
     outputs = []
-    for name, axis in channel_axes.items():
+    for name, channels in channel_axes.items():
         tensor = copy.tensor(name)
-        axes = copy.constant(f"{name}/axes", np.array([i for i in range(len(tensor.shape)) if i != axis % len(tensor.shape)], np.int64))
+        rank = len(tensor.shape)
+        kept = sorted(axis % rank for axis in channels)
+        axes = copy.constant(f"{name}/axes", np.array([i for i in range(rank) if i not in kept], np.int64))
         reduced = [copy.insert(op, [tensor, axes], name=f"{name}/{op}", keepdims=0) for op in REDUCTIONS]
         for statistic in reduced:
-            statistic.dtype, statistic.shape = np.dtype(np.float32), [tensor.shape[axis]]
+            statistic.dtype, statistic.shape = np.dtype(np.float32), [tensor.shape[i] for i in kept]
         reductions[name] = [t.name for t in reduced]
         outputs += reduced
     copy.set_outputs(outputs)
@@ -96,7 +98,7 @@ def collect(
     for feed in batches:
         results = dict(zip([t.name for t in outputs], run(runtime, feed), strict=True))
         for name, names in reductions.items():
-            seen = ChannelStatistics(*(results[n] for n in names))
+            seen = ChannelStatistics(*(results[n].reshape(-1) for n in names))
             if not all(
                 np.isfinite(x).all() for x in (seen.low, seen.high, seen.mean)
             ):  # the runtime's minimum passes over NaN, its mean does not
@@ -114,5 +116,5 @@ def _batch_size(feed: Feed) -> int:
 
 def glance(graph: Graph, names: Iterable[str], batches: Iterable[Feed], *, threads: int) -> dict[str, ChannelStatistics]:
     """Statistics of tensors with channels last on the first batch alone: enough to choose a rewrite that is exact whatever it is."""
-    axes = dict.fromkeys(names, -1)
+    axes = dict.fromkeys(names, (-1,))
     return collect(graph, axes, islice(batches, 1), 0, threads=threads, progress=silent).statistics if axes else {}

@@ -72,7 +72,7 @@ def compile(
         definition: ``strict`` or ``deploy``, see `Recipe.definition`, instead of the recipe's.
         target: name of a target.
         target_options: its fields, such as ``version`` and ``float_type`` of tensorrt.
-        attention: what the operands of the attention products become, ``float`` or ``int8``, instead of the recipe's choice.
+        attention: what the operands of the attention products become, of `recipe.ATTENTION`, instead of the recipe's choice.
         calibration: folder of images, ``.npz`` or ``.npy``; None takes built-in images.
         samples: number of calibration samples.
         batch_size: samples per run, where the model leaves it open.
@@ -132,6 +132,7 @@ def compile(
         ids=id_limits(graph),
     )
     c = Compilation(graph, plan, chosen, data, threads=threads, progress=progress, device=device, work_dir=work_dir, providers=providers)
+    c.floating = floating
     progress("reading", 1, 1)
 
     feed = _probe_batch(graph, data)
@@ -171,18 +172,13 @@ def compile(
         warnings=(*data.warnings, *c.warnings),
         nodes=provenance.rows(c),
         command=chosen.command(written, graph.inputs) if written else "",
+        attention=tuple(c.prices),
     )
 
 
 def _probe_batch(graph: Graph, data: Data) -> runtime.Feed:
     """A few samples that calibration does not see, for the parity of float-exact passes and for inner comparisons."""
-    return _first(graph, next(data.validation() if data.validation_count else data.calibration()), PROBE_SAMPLES)
-
-
-def _first(graph: Graph, feed: runtime.Feed, samples: int) -> runtime.Feed:
-    """The first samples of a batch; all of them where the model fixes its batch."""
-    fixed = any(spec.shape and isinstance(spec.shape[0], int) and spec.shape[0] > 0 for spec in graph.inputs)
-    return feed if fixed else {name: array[:samples] for name, array in feed.items()}
+    return runtime.first_samples(graph.inputs, next(data.validation() if data.validation_count else data.calibration()), PROBE_SAMPLES)
 
 
 def _restore(
@@ -206,7 +202,7 @@ def _judge(
     if not count:
         unseen, count = c.data.calibration, c.data.calibration_count
         c.warnings.append("too few samples to keep any back: the accuracy figures are on the calibration samples themselves and flatter")
-    one = _first(c.graph, parity.feed, 1)
+    one = runtime.first_samples(c.graph.inputs, parity.feed, 1)
     every = c.threads or os.cpu_count() or 1
     settings = sorted({every, 1}, reverse=True) if c.target.runs_here else [every]
     measure = _measure_in_turn if float_bytes > LARGE_MODEL else _measure_side_by_side

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from vitq_compiler.graph import Array, Graph
     from vitq_compiler.quant import Edge, QuantParams, QuantSpec
     from vitq_compiler.recipe import Recipe
+    from vitq_compiler.report import AttentionRow
     from vitq_compiler.target import Target
 
 
@@ -70,6 +71,8 @@ class Compilation:
     reference: Graph | None = None  # the float graph, kept by the first pass that fits weights to it
     codes: dict[Edge, str] = field(default_factory=dict)  # weight edge -> the initializer of its codes, set by insert-qdq
     runnable: Graph | None = None  # what onnxruntime can run in place of the graph, where it cannot run that
+    floating: Path | Graph | None = None  # the model that everything is held against
+    prices: list[AttentionRow] = field(default_factory=list)  # set by price-attention
     notes: list[Note] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)
     threads: int = 0

@@ -30,7 +30,8 @@ from vitq_compiler.registry import names
 Differences = Mapping[str, Any]  # fields of a QuantSpec
 SIDES = ("weight", "activation")
 
-ATTENTION: Mapping[str, Differences] = {"float": {}, "int8": {"bits": 8}}
+# The operands of the attention products by one word; nothing: they stay in float.
+ATTENTION: Mapping[str, Differences] = {"float": {}, "int8": {"bits": 8, "format": "int"}, "fp8": {"format": "e4m3"}}
 
 # What published results call W4A4 differs in the ends of the network. The image is 8 bits wide to begin with.
 DEFINITIONS: Mapping[str, Mapping[str, Mapping[str, Differences]]] = {
@@ -104,10 +105,10 @@ class Recipe:
         return replace(self, weight=replace(self.weight, bits=int(found[1])), activation=replace(self.activation, bits=int(found[2])))
 
     def with_attention(self, kind: str | None) -> Recipe:
-        """The same recipe with the operands of the attention products at 8 bits (``int8``) or in ``float``; None changes nothing.
+        """The same recipe with the operands of the attention products as one of `ATTENTION`; None changes nothing.
 
         Raises:
-            RecipeError: ``kind`` is neither.
+            RecipeError: ``kind`` is none of these.
         """
         if kind is None:
             return self

@@ -121,6 +121,30 @@ class BlockRow:
 
 
 @dataclass(frozen=True)
+class AttentionRow:
+    """What one choice for the operands of the attention products would cost.
+
+    Attributes:
+        choice: of ``--attention``; ``recipe`` where the recipe has a choice of its own.
+        chosen: whether the compiled graph has it.
+        quantized: number of attention blocks whose products it quantizes.
+        blocks: number of attention blocks.
+        sqnr_db: least of the outputs that hold classes (of all where none does), everything else quantized as in the compiled graph,
+            what is not quantized in float32; None where the target cannot take the choice.
+        images: number of samples it was measured on.
+        reason: why not, or why not in all blocks.
+    """
+
+    choice: str
+    chosen: bool
+    quantized: int
+    blocks: int
+    sqnr_db: float | None
+    images: int
+    reason: str = ""
+
+
+@dataclass(frozen=True)
 class GateRow:
     """A requirement the user set: ``required`` and ``measured`` in its own unit."""
 
@@ -155,6 +179,7 @@ class CompileReport:
         bits: of weights and activations, such as ``w4a8``.
         definition: which ends of the network got them, ``strict`` or ``deploy``; empty where the recipe says it itself.
         command: what takes the output further, where its target needs that.
+        attention: the price of each choice for the attention products, where the target has several.
     """
 
     version: str
@@ -175,6 +200,7 @@ class CompileReport:
     warnings: tuple[str, ...]
     nodes: tuple[NodeRow, ...] = ()
     command: str = ""
+    attention: tuple[AttentionRow, ...] = ()
 
     @property
     def quantized(self) -> int:

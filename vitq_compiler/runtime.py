@@ -156,6 +156,12 @@ def probe_feed(inputs: Sequence[InputSpec], batch: int, image_size: int = 224, s
     return feed
 
 
+def first_samples(inputs: Sequence[InputSpec], feed: Feed, count: int) -> Feed:
+    """The first samples of a batch; all of them where the model fixes its batch."""
+    fixed = any(spec.shape and isinstance(spec.shape[0], int) and spec.shape[0] > 0 for spec in inputs)
+    return feed if fixed else {name: array[:count] for name, array in feed.items()}
+
+
 def supports(op: str, opset: int) -> bool:
     """Whether the installed runtime has a CPU kernel for a standard operator at that opset."""
     if op != "Attention":

@@ -30,6 +30,7 @@ class Target(ABC):
         platform: the version and the GPU that the graph is for, where that matters.
         integer_kernels: op types of the runtime's optimized graph that compute on integers.
         runs_here: whether onnxruntime on this machine is what the graph is for; only then do its kernels and timings count.
+        attention_choices: those of `recipe.ATTENTION` between which the user has to weigh speed and accuracy; the report prices each.
         replaces: pass of a recipe -> the passes that take its place (or none), where another way suits the target better.
     """
 
@@ -42,6 +43,7 @@ class Target(ABC):
     platform: Platform = Platform()
     integer_kernels: ClassVar[frozenset[str]]
     runs_here: ClassVar[bool] = True
+    attention_choices: ClassVar[tuple[str, ...]] = ()
     replaces: ClassVar[Mapping[str, str]] = {}
 
     def fit(self, spec: QuantSpec) -> QuantSpec:
@@ -51,7 +53,7 @@ class Target(ABC):
             RecipeError: it has no such numbers.
         """
         if spec.format != "int":
-            raise RecipeError(f"target {self.name} has no 8-bit floats: give another recipe, or --target tensorrt")
+            raise RecipeError(f"target {self.name} has no 8-bit floats: take int8, or --target tensorrt")
         return spec
 
     def attention_fault(self, head_dim: int, tokens: int, spec: QuantSpec) -> str:

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from vitq_compiler.diagnosis import Diagnosis, RewriteRow
     from vitq_compiler.inspection import Structure
     from vitq_compiler.progress import Progress
-    from vitq_compiler.report import CompileReport, GateRow, LatencyRow, LinearRow
+    from vitq_compiler.report import AttentionRow, CompileReport, GateRow, LatencyRow, LinearRow
 
 LOG_COLUMNS = 100
 FIRST_NAMES = 5  # shown of a list unless all are asked for
@@ -245,6 +245,8 @@ def _show_summary(report: CompileReport, console: Console, verbosity: int) -> No
             for o in checked.outputs
         ],
     )
+    priced = f"SQNR on {report.attention[0].images}" if report.attention else ""
+    _table(console, ("Attention", "in blocks", priced, ""), [_price(row) for row in report.attention], words=(0, 1, 3))
     _table(console, ("Threads", "batch", "float ms", "int8 ms", "ratio", ""), [_latency(row) for row in checked.latency], words=(5,))
     if report.command:
         console.print()
@@ -331,6 +333,12 @@ def _say(console: Console, lines: Sequence[tuple[str, str]]) -> None:
 def _latency(row: LatencyRow) -> tuple[str, ...]:
     ratio = _ratio(row.ratio, 1.0, "faster", "slower")
     return (str(row.threads or "all"), str(row.batch), _number(row.float_ms, 3), _number(row.integer_ms, 3), _number(row.ratio, 3), ratio)
+
+
+def _price(row: AttentionRow) -> tuple[str, ...]:
+    blocks = "all" if row.quantized == row.blocks else f"{row.quantized} of {row.blocks}"
+    told = [*(["chosen"] if row.chosen else []), *([row.reason] if row.reason else [])]
+    return (row.choice, "-" if row.choice == "float" else blocks, "-" if row.sqnr_db is None else _decibels(row.sqnr_db), "; ".join(told))
 
 
 def _ratio(new: float, old: float, better: str, worse: str) -> str:

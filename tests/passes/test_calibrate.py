@@ -9,6 +9,7 @@ from vitq_compiler.passes.calibrate import Calibrate
 from vitq_compiler.pipeline import Compilation
 from vitq_compiler.quant import Edge
 from vitq_compiler.recipe import load_recipe
+from vitq_compiler.targets.tensorrt import Tensorrt
 
 FRONT = "canonicalize,recover-gelu,separate-linears,annotate"
 
@@ -46,7 +47,16 @@ def test_operands_of_attention_by_head_channel() -> None:
     }
     head = attention.proj.in_features // attention.heads
     tokens = attention.scores.outputs[0].shape[-1]
-    assert channels == {"q": head, "k": head, "probs": tokens, "v": head}
+    assert channels == {"q": head, "k": head, "probs": tokens, "v": attention.proj.in_features}, "values head by head"
+
+
+def test_operands_are_observed_where_the_target_prices_them() -> None:
+    c = compilation(vit(Sizes(depth=1)), target=Tensorrt())
+    run_passes(c, f"{FRONT},calibrate")
+    (attention,) = c.annotations.attentions
+    operands = {c.graph.node(edge.node).inputs[edge.index].name for edge in attention.edges.values()}
+    assert operands <= c.table.statistics.keys()
+    assert not any(edge in c.specs for edge in attention.edges.values())
 
 
 def test_ranges_are_those_of_the_data() -> None:

@@ -7,9 +7,10 @@ import onnx
 import pytest
 
 from tests.builders import QKV, Dialect, Sizes, changes_of, compilation, difference, feed_of, run_model, run_passes, vit
+from vitq_compiler.calibration import ChannelStatistics, collect
 from vitq_compiler.graph import value
 from vitq_compiler.passes.equalize_values import EqualizeValues
-from vitq_compiler.pipeline import Compilation
+from vitq_compiler.pipeline import Compilation, silent
 from vitq_compiler.quant import Edge
 
 FRONT = "canonicalize,recover-gelu,separate-linears,annotate"
@@ -54,6 +55,24 @@ def test_the_outputs_stay_and_ranges_become_equal(qkv: str, bias: bool, fuse: bo
     changes_of(c, "calibrate")
     np.testing.assert_allclose(c.table.statistics[name].high, again.statistics[name].high, atol=1e-5)
     np.testing.assert_allclose(c.table.statistics[name].mean, again.statistics[name].mean, atol=1e-5)
+
+
+@pytest.mark.parametrize("axes", [(1, -1), (-1,)], ids=["by head", "all heads together"])
+def test_ranges_of_quantized_values_follow(axes: tuple[int, ...]) -> None:
+    c = observed(Dialect())
+    name = c.annotations.attentions[0].context.inputs[1].name
+
+    def seen() -> ChannelStatistics:
+        return collect(c.graph, {name: axes}, c.data.calibration(), 6, threads=1, progress=silent).statistics[name]
+
+    c.table.statistics[name] = seen()
+    assert equalized(c) == 1
+    told, real = c.table.statistics[name], seen()
+    assert (told.low <= real.low + 1e-5).all()
+    assert (told.high >= real.high - 1e-5).all()
+    if len(axes) > 1:
+        np.testing.assert_allclose(told.high, real.high, atol=1e-5)
+        np.testing.assert_allclose(told.mean, real.mean, atol=1e-5)
 
 
 def test_queries_and_keys_are_not_touched() -> None:

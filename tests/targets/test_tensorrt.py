@@ -149,7 +149,7 @@ def test_wrong_options(target: str, options: dict[str, str], message: str) -> No
 
 
 def test_wrong_attention() -> None:
-    with pytest.raises(RecipeError, match="attention 'int4' is unknown: known are float, int8"):
+    with pytest.raises(RecipeError, match="attention 'int4' is unknown: known are float, int8, fp8"):
         load_recipe("w8a8").with_attention("int4")
 
 
@@ -214,7 +214,7 @@ def test_8_bit_floats() -> None:
     ("target", "message"),
     [
         (Tensorrt("8.6"), "TensorRT 8.6 has no 8-bit floats"),
-        (Tensorrt(compute_capability=8.0), "compute capability 8.0 has no 8-bit floats, 8.9 has"),
+        (Tensorrt(compute_capability=8.0), "compute capability 8.0 has no 8-bit floats, 8.9 and above have: take int8"),
         (Onnxruntime(), "target onnxruntime has no 8-bit floats"),
     ],
     ids=["8.6", "sm80", "onnxruntime"],
@@ -228,3 +228,26 @@ def test_who_has_no_8_bit_floats(target: Target, message: str) -> None:
 @pytest.mark.parametrize(("head_dim", "fused"), [(8, False), (9, True), (256, True), (257, False)])
 def test_heads_of_8_bit_floats(head_dim: int, fused: bool) -> None:
     assert (Tensorrt().attention_fault(head_dim, 3000, QuantSpec(format="e4m3")) == "") == fused
+
+
+@pytest.mark.parametrize(("capability", "limited"), [(None, False), (8.9, True), (9.0, False), (12.0, False)])
+@pytest.mark.parametrize(("head_dim", "tokens", "large"), [(64, 3072, False), (64, 3073, True), (72, 197, True)])
+def test_ada_fuses_small_attention_of_8_bit_floats(
+    capability: float | None, limited: bool, head_dim: int, tokens: int, large: bool
+) -> None:
+    fault = Tensorrt(compute_capability=capability).attention_fault(head_dim, tokens, QuantSpec(format="e4m3"))
+    assert bool(fault) == (limited and large)
+    assert not fault or fault == (
+        f"compute capability 8.9 has no fused kernel of 8-bit floats for heads of {head_dim} and {tokens} tokens, only up to 64 and 3072"
+    )
+
+
+def test_attention_in_8_bit_floats_between_integer_products() -> None:
+    c = compiled(Tensorrt(compute_capability=8.9), attention="fp8")
+    (attention,) = c.annotations.attentions
+    operands = [producer(t) for node in (attention.scores, attention.context) for t in node.inputs]
+    assert {value(node.inputs[2]).dtype for node in operands if node is not None} == {E4M3}
+    assert float(value(operands[2].inputs[1])) == pytest.approx(1 / 448, rel=1e-3)  # type: ignore[union-attr]
+    codes = {value(n.inputs[2]).dtype for n in c.graph.find("DequantizeLinear") if is_constant(n.inputs[0])}
+    assert codes == {np.dtype(np.int8)}
+    assert [f for f in c.target.check(c.graph) if f.severity is not INFORMATION and f.rule.id.startswith("T")] == []

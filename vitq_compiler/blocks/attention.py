@@ -16,7 +16,7 @@ from vitq_compiler.quant import Edge
 from vitq_compiler.views import BATCH, VIEWS, trace
 
 OPERANDS = ("q", "k", "probs", "v")  # of the two products q k^T and probs v
-CHANNEL_AXES = {"q": -1, "k": -2, "probs": -1, "v": -1}  # of each operand: k is transposed there
+CHANNEL_AXES = {"q": (-1,), "k": (-2,), "probs": (-1,), "v": (1, -1)}  # of each operand: k is transposed there, v has its heads apart
 
 
 @dataclass(eq=False)

@@ -36,6 +36,7 @@ FLOAT_TYPES = ("fp32", "fp16", "bf16")
 INT8_HEADS, INT8_TOKENS = (16, 32, 64), 512  # sizes for which a fused int8 attention kernel exists
 SMALL, USUAL, LARGE = 1, 8, 32  # batches of the optimization profile
 FP8_GPU, FP8_HEADS = 8.9, (8, 256)
+ADA, ADA_HEADS, ADA_TOKENS = 8.9, 64, 3072  # what its 8-bit float attention is limited to
 OLD_OPSET, OLD_IR_VERSION = 17, 8  # of TensorRT 8.6
 
 
@@ -62,6 +63,7 @@ class Tensorrt(Target):
     opset: ClassVar[int] = 20
     ir_version: ClassVar[int] = 9
     runs_here: ClassVar[bool] = False
+    attention_choices: ClassVar[tuple[str, ...]] = ("float", "int8", "fp8")
     rewrites: ClassVar[str] = "stack-heads"
     replaces: ClassVar[Mapping[str, str]] = {
         "select-tokens-early": "",  # leaves products of one row, for which there is no integer kernel
@@ -94,7 +96,7 @@ class Tensorrt(Target):
     def lowering(self) -> str:  # type: ignore[override]  # depends on the version
         """Passes from quantization parameters to the final graph."""
         narrow = [] if self.narrow == "fp32" else [f"narrow-floats{{to={self.narrow}}}" if self.narrow != "fp16" else "narrow-floats"]
-        return ",".join(["insert-qdq", *narrow, "legalize"])
+        return ",".join(["price-attention", "insert-qdq", *narrow, "legalize"])
 
     def fit(self, spec: QuantSpec) -> QuantSpec:
         """Signed and symmetric; 8-bit floats as they are.
@@ -103,16 +105,21 @@ class Tensorrt(Target):
             RecipeError: the version or the GPU has no 8-bit floats.
         """
         if spec.format == "e4m3" and self.version == "8.6":
-            raise RecipeError("TensorRT 8.6 has no 8-bit floats in ONNX: give --trt-version 10, or another recipe")
+            raise RecipeError("TensorRT 8.6 has no 8-bit floats in ONNX: take int8, or --trt-version 10")
         if spec.format == "e4m3" and self.compute_capability is not None and self.compute_capability < FP8_GPU:
-            raise RecipeError(f"compute capability {self.compute_capability} has no 8-bit floats, {FP8_GPU} has: give another recipe")
+            raise RecipeError(f"compute capability {self.compute_capability} has no 8-bit floats, {FP8_GPU} and above have: take int8")
         return replace(spec, signed=True, symmetric=True)
 
     def attention_fault(self, head_dim: int, tokens: int, spec: QuantSpec) -> str:
         """Why the attention products cannot be quantized in one fused kernel; empty where they can."""
         if spec.format == "e4m3":
-            fits = FP8_HEADS[0] < head_dim <= FP8_HEADS[1]
-            return "" if fits else f"there is no fused kernel of 8-bit floats for heads of {head_dim}, only above 8 and up to 256"
+            if not FP8_HEADS[0] < head_dim <= FP8_HEADS[1]:
+                return f"there is no fused kernel of 8-bit floats for heads of {head_dim}, only above 8 and up to 256"
+            small = head_dim <= ADA_HEADS and tokens <= ADA_TOKENS
+            if self.compute_capability == ADA and not small:
+                sizes = f"heads of {head_dim} and {tokens} tokens, only up to {ADA_HEADS} and {ADA_TOKENS}"
+                return f"compute capability {ADA} has no fused kernel of 8-bit floats for {sizes}"
+            return ""
         if head_dim not in INT8_HEADS:
             return f"there is no fused int8 kernel for heads of {head_dim}, only of {', '.join(map(str, INT8_HEADS))}"
         return f"there is no fused int8 kernel for {tokens} tokens, only up to {INT8_TOKENS}" if tokens > INT8_TOKENS else ""
