@@ -127,3 +127,14 @@ def test_rescale_follows_the_rewrite() -> None:
     np.testing.assert_allclose(table.statistics["x"].low, table.statistics["y"].low, rtol=1e-6)
     np.testing.assert_allclose(table.statistics["x"].high, table.statistics["y"].high, rtol=1e-6)
     np.testing.assert_allclose(table.statistics["x"].mean, table.statistics["y"].mean, rtol=1e-5)
+
+
+def test_a_widened_range_still_contains_what_was_seen() -> None:
+    def vector(*numbers: float) -> np.ndarray:
+        return np.array(numbers, np.float32)
+
+    low, high = vector(-1, 4, -6, 0), vector(3, 5, -5, 2)  # about zero, above it, below it, from it
+    table = CalibrationTable({"a": ChannelStatistics(low, high, (low + high) / 2)})
+    table.widen(1.5)
+    np.testing.assert_array_equal(table.statistics["a"].low, vector(-1.5, 3.5, -6.5, 0))
+    np.testing.assert_array_equal(table.statistics["a"].high, vector(4.5, 5.5, -4.5, 3))

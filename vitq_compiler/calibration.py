@@ -52,9 +52,14 @@ class CalibrationTable:
         self.statistics[name] = seen if known is None else known.merge(seen)
 
     def widen(self, margin: float) -> None:
-        """Stretch every range away from zero, for samples that excite the model less than real ones will."""
+        """Move both ends of every range outwards, for samples that excite the model less than real ones will.
+
+        An end moves by ``margin - 1`` of its distance from zero, but at most of the range's width: the range of a channel that lies
+        far from zero must still be about what was seen.
+        """
         for name, seen in self.statistics.items():
-            self.statistics[name] = replace(seen, low=seen.low * np.float32(margin), high=seen.high * np.float32(margin))
+            below, above = (np.float32(margin - 1) * np.minimum(abs(end), seen.high - seen.low) for end in (seen.low, seen.high))
+            self.statistics[name] = replace(seen, low=seen.low - below, high=seen.high + above)
 
     def rescale(self, name: str, scale: Vector, shift: Vector) -> None:
         """Follow a rewrite that replaced the tensor x by (x + shift) / scale, channel by channel; scale is positive."""
