@@ -8,9 +8,14 @@ import pytest
 
 from tests.builders import Sizes, model_of, vit
 from vitq_compiler import judge as judges
+from vitq_compiler.catalog import pipeline_for
+from vitq_compiler.check import check
 from vitq_compiler.compiler import compile
 from vitq_compiler.errors import TargetError
 from vitq_compiler.judge import HINT, Verdict, judge, read_layers
+from vitq_compiler.lint.rule import INFORMATION
+from vitq_compiler.recipe import load_recipe
+from vitq_compiler.targets.tensorrt import Tensorrt
 
 installed = pytest.mark.skipif(not judges.available(), reason="TensorRT-RTX is not installed")
 
@@ -25,19 +30,22 @@ def layer(name: str, kind: str, inputs: str, constants: str, outputs: str) -> st
     )
 
 
+LATE = "{ Name: __mye12_folded_matmul_myl0, Dimensions: [1,576], Datatype: Half, Format: (Linear) }"
+
+
 def test_layers_of_a_log() -> None:
     log = [
         "some words",
         layer("fc_0", "gemm", "Int8", "Int8 Float", "Half") + "\n" + layer("fc_1", "runtime_fusion", "Int8 Half", "", "Half"),
         layer("_gemm_mha_v2_myl0_8", "kgen", "Half Half Half", "", "Int8"),
-        layer("__myl_AddMul_3", "kgen", "Half", "", "Int8"),
+        layer("__myl_AddMul_3", "kgen", "Half", "", "Int8").replace("Constants: []", f"Constants: [{LATE}]"),
         layer("shape", "shape_call", "", "", ""),
     ]
-    attention, products, others = read_layers(log)
+    attention, products, others, unscaled = read_layers(log)
     assert attention == {"Half/Half/Half->Int8": 1}
     assert products == {"Int8 x Int8->Half": 1, "Int8 x Half->Half": 1}
-    assert others == 1
-    verdict = Verdict("c", "8.0", True, True, (), (), attention, products, others, 1)
+    assert (others, unscaled) == (1, 1)
+    verdict = Verdict("c", "8.0", True, True, (), (), attention, products, others, 1, unscaled)
     assert (verdict.fused, verdict.integer, verdict.kernels) == (1, 1, 4)
 
 
@@ -79,6 +87,25 @@ def test_a_compiled_model_runs_in_integers(attention: str, types: str, capabilit
     assert verdict.attention == {types: 2}
     assert verdict.products["Int8 x Int8->Half"] == 2 * 4
     assert verdict.compiler.startswith("TensorRT-RTX ")
+    assert verdict.unscaled == 0
+
+
+@installed
+def test_products_that_are_scaled_too_late(tmp_path: Path) -> None:
+    """Without the pass, NVIDIA's compiler writes sums of codes as halves, and `--check` says so."""
+    path = tmp_path / "vit.onnx"
+    onnx.save(vit(Sizes(image=32, patch=4, width=64, heads=2, hidden=128, depth=2, classes=16)), path)
+    passes = str(pipeline_for(load_recipe("w8a8"), Tensorrt())).replace("split-weight-scales,", "")
+    compile(path, tmp_path / "late.onnx", target="tensorrt", passes=passes, threads=1, samples=4)
+    compile(path, tmp_path / "out.onnx", target="tensorrt", threads=1, samples=4)
+    late, kept = (check(tmp_path / name, "tensorrt", with_judge=True) for name in ("late.onnx", "out.onnx"))
+    assert late.verdict is not None
+    assert kept.verdict is not None
+    assert (late.verdict.unscaled, kept.verdict.unscaled) == (8, 0)
+    assert late.verdict.kernels == kept.verdict.kernels
+    told = [f for f in late.findings if f.rule.id == "J02"]
+    assert [f.detail for f in told] == ["8 products are written in half precision before they are scaled"]
+    assert [f for f in kept.findings if f.severity is not INFORMATION] == []
 
 
 @installed

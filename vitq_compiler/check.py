@@ -46,11 +46,24 @@ def check(
     if with_judge and target in JUDGED and trt_version != UNJUDGED_VERSION:
         try:
             verdict = judge.judge(Path(model), str(compute_capability or judge.DEFAULT_CAPABILITY))
-            rules = (*rules, _accepted(verdict))
+            rules = (*rules, _accepted(verdict), _scaled_in_time(verdict))
         except TargetError as error:
             hint = str(error)
     findings = find(Model(proto, folder=Path(model).parent), rules, platform)
     return LintReport(version("vitq-compiler"), str(model), target, platform, rules, findings, verdict, hint)
+
+
+def _scaled_in_time(verdict: judge.Verdict) -> Rule:
+    """The rule that no sum of codes is written in half precision."""
+    fault = Fault(None, f"{verdict.unscaled} products are written in half precision before they are scaled")
+    return Rule(
+        "J02",
+        Severity.WARNING,
+        "products are scaled before they are written",
+        f"{verdict.compiler} multiplies by one number in a product, by one for each channel behind it: sums of codes beyond 65504 are lost",
+        "give the codes of a weight one scale, and multiply by what the channels differ by behind the product",
+        lambda model, platform: [fault] if verdict.unscaled else [],
+    )
 
 
 def _accepted(verdict: judge.Verdict) -> Rule:

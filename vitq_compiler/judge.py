@@ -22,6 +22,7 @@ HINT = "pip install tensorrt-rtx-cu12-libs tensorrt-rtx-cu12-bindings (NVIDIA's 
 CAPABILITIES = ("7.5", "8.0", "8.6", "8.9", "12.0", "12.1")
 DEFAULT_CAPABILITY = "8.0"
 BATCHES = (1, 8, 32)  # least, usual and most, where the graph leaves the batch open
+LATE_SCALE = r"Name: (\w*folded_matmul\w*), [^{}]*Datatype: Half"  # a constant of the kernel behind a product
 PRODUCTS = frozenset({"gemm", "runtime_fusion", "correlation", "fusion"})  # kinds of layers that multiply matrices
 
 
@@ -40,6 +41,8 @@ class Verdict:
         products: types of a matrix product, such as ``Int8 x Int8->Half`` -> how many.
         others: number of all other generated kernels.
         engine_bytes: size of the engine.
+        unscaled: number of products that are written in half precision before the scales of their channels are multiplied: the bare sums
+            of codes, of which those beyond 65504 are lost.
     """
 
     compiler: str
@@ -52,6 +55,7 @@ class Verdict:
     products: dict[str, int] = field(default_factory=dict)
     others: int = 0
     engine_bytes: int = 0
+    unscaled: int = 0
 
     @property
     def fused(self) -> int:
@@ -74,7 +78,8 @@ class Verdict:
             return f"{built}: refused"
         counted = [f"{count} fused attention ({types})" for types, count in self.attention.items()] or ["no fused attention"]
         counted += [f"{count} products {types}" for types, count in self.products.items()]
-        return f"{built}: {self.kernels} kernels: {', '.join([*counted, f'{self.others} others'])}; engine {self.engine_bytes / 1e6:.1f} MB"
+        counted += [f"{self.others} others", *([f"{self.unscaled} products written before they are scaled"] if self.unscaled else [])]
+        return f"{built}: {self.kernels} kernels: {', '.join(counted)}; engine {self.engine_bytes / 1e6:.1f} MB"
 
     def as_dict(self) -> dict[str, Any]:
         """All of it as data."""
@@ -127,18 +132,21 @@ def judge(path: Path, capability: str = DEFAULT_CAPABILITY, batches: tuple[int, 
     if engine is None:
         errors = tuple(dict.fromkeys(text for severity, text in log.lines if severity in ("ERROR", "INTERNAL_ERROR")))
         return Verdict(name, capability, True, False, errors or ("no engine, and no reason given",), warnings)
-    return Verdict(name, capability, True, True, (), warnings, *read_layers(text for _, text in log.lines), engine.nbytes)
+    attention, products, others, unscaled = read_layers(text for _, text in log.lines)
+    return Verdict(name, capability, True, True, (), warnings, attention, products, others, engine.nbytes, unscaled)
 
 
-def read_layers(lines: Any) -> tuple[dict[str, int], dict[str, int], int]:
-    """Fused attention kernels, matrix products and the number of other kernels from the verbose log of a build."""
+def read_layers(lines: Any) -> tuple[dict[str, int], dict[str, int], int, int]:
+    """Fused attention kernels, matrix products, other kernels and products that are scaled too late, from the verbose log of a build."""
     attention: Counter[str] = Counter()
     products: Counter[str] = Counter()
     others = 0
+    late: set[str] = set()
     for line in (line for text in lines for line in text.splitlines() if line.startswith("Name: ")):
         kind = re.search(r"LayerType: (\w+)", line)
         if kind is None:
             continue
+        late.update(re.findall(LATE_SCALE, line))
         before, _, after = line.partition("Outputs:")
         activations, _, constants = before.partition("Constants:")
         written = "/".join(_types(after.partition("TacticName")[0]))
@@ -149,7 +157,7 @@ def read_layers(lines: Any) -> tuple[dict[str, int], dict[str, int], int]:
             products[f"{' x '.join(operands)}->{written}"] += 1
         elif kind[1] == "kgen":
             others += 1
-    return dict(attention), dict(products), others
+    return dict(attention), dict(products), others, len(late)
 
 
 def _types(text: str) -> list[str]:

@@ -1,6 +1,6 @@
 """NVIDIA TensorRT: symmetric int8 around every matrix product, half precision elsewhere, attention in the form that fuses.
 
-    x -> Q -> DQ -> MatMul(., DQ(W int8 per column)) -> Add(float bias)
+    x -> Q -> DQ -> MatMul(., DQ(W int8)) -> Mul(scale per column) -> Add(float bias)
     softmax(q k^T) v on heads split from one stack, the scale of the scores in the weight of q
 
 Zero points are zero and int8, scales have the type of what they quantize, and the axis of a scale per channel is written:
@@ -95,7 +95,8 @@ class Tensorrt(Target):
     @property
     def lowering(self) -> str:  # type: ignore[override]  # depends on the version
         """Passes from quantization parameters to the final graph."""
-        narrow = [] if self.narrow == "fp32" else [f"narrow-floats{{to={self.narrow}}}" if self.narrow != "fp16" else "narrow-floats"]
+        to = "" if self.narrow == "fp16" else f"{{to={self.narrow}}}"
+        narrow = [] if self.narrow == "fp32" else ["split-weight-scales", f"narrow-floats{to}"]
         return ",".join(["price-attention", "insert-qdq", *narrow, "legalize"])
 
     def fit(self, spec: QuantSpec) -> QuantSpec:
