@@ -10,33 +10,47 @@ from __future__ import annotations
 
 import argparse
 import tempfile
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from benchmarks.tables import Cell, Table, say
 
 if TYPE_CHECKING:
-    from benchmarks.tasks import Task
+    from benchmarks.tasks import Array, Task
     from vitq_compiler.graph import Graph
+    from vitq_compiler.pipeline import Compilation
+    from vitq_compiler.recipe import Recipe
 
-NAMES = ("shipped", "vit_s14_cifar10", "dinov2s_cifar10")
+NAMES = ("shipped", "vit_s14_cifar10", "dinov2s_cifar10", "svtr_ocr")
 ROTATED = "fold-layernorm-affine,rotate-residual"
 CENTRED = "center-keys,center-values"
-# Name of a row -> passes before calibration, passes after it.
+FOLD = "reparameterize-layernorm"
+# Name of a row -> passes before calibration, passes after it. "fold" is that of channel ranges into LayerNormalization.
 REWRITES = {
     "none": ("", ""),
     "rotate-residual": (ROTATED, ""),
     "rotate-heads": ("rotate-heads", ""),
-    "center-keys, center-values": (CENTRED, ""),
+    "centring": (CENTRED, ""),
     "equalize-heads": ("equalize-heads", ""),
     "equalize-values": ("", "equalize-values"),
-    "reparameterize-layernorm 0.5": ("", "reparameterize-layernorm"),
-    "reparameterize-layernorm 1": ("", "reparameterize-layernorm{strength=1}"),
+    "fold 0.5": ("", FOLD),
+    "fold 0.5, scales alone": ("", f"{FOLD}{{center=false}}"),
+    "fold 0.5, limit 4": ("", f"{FOLD}{{limit=4}}"),
+    "fold 1": ("", f"{FOLD}{{strength=1}}"),
+    "fold 1, median": ("", f"{FOLD}{{strength=1 common=median}}"),
+    "fold 0.5, equalize-values": ("", f"{FOLD},equalize-values"),
+    "centring, fold 0.5": (CENTRED, FOLD),
+    "centring, fold 0.5, equalize-values": (CENTRED, f"{FOLD},equalize-values"),
     "rotations": (f"{ROTATED},rotate-heads", ""),
     "rotations, centring": (f"{ROTATED},rotate-heads,{CENTRED}", ""),
-    "rotations, centring, fold 0.5": (f"{ROTATED},rotate-heads,{CENTRED}", "reparameterize-layernorm"),
-    "rotations, centring, fold 1": (f"{ROTATED},rotate-heads,{CENTRED}", "reparameterize-layernorm{strength=1}"),
+    "rotate-residual, fold 0.5": (ROTATED, FOLD),
+    "rotate-residual, centring, fold 0.5": (f"{ROTATED},{CENTRED}", FOLD),
+    "rotations, fold 0.5": (f"{ROTATED},rotate-heads", FOLD),
+    "rotations, centring, fold 0.5": (f"{ROTATED},rotate-heads,{CENTRED}", FOLD),
+    "rotations, centring, fold 1": (f"{ROTATED},rotate-heads,{CENTRED}", f"{FOLD}{{strength=1}}"),
 }
+AT_ONCE = 8  # graphs that are in memory together
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
@@ -59,16 +73,16 @@ def measure(options: argparse.Namespace) -> list[Table]:
     """One table for each model and bits."""
     from benchmarks.tasks import TASKS
 
-    return [measure_task(TASKS[name], bits, options) for name in options.model for bits in options.bits]
+    return [table for name in options.model for table in measure_task(TASKS[name], options)]
 
 
-def measure_task(task: Task, bits: str, options: argparse.Namespace) -> Table:
-    """Quantize the model once for every row, then run all of them on the same images."""
+def measure_task(task: Task, options: argparse.Namespace) -> list[Table]:
+    """For each choice of bits: quantize the model once for every row, and run all of them on the same images."""
     import numpy as np
 
-    from benchmarks.accuracy import evaluate
     from benchmarks.tasks import HELD_BACK, data_folder, existing, write_calibration
-    from vitq_compiler import runtime
+    from vitq_compiler.graph import Graph
+    from vitq_compiler.model_io import read_model
 
     folder = options.data or data_folder()
     model = existing(task.model(folder))
@@ -77,26 +91,47 @@ def measure_task(task: Task, bits: str, options: argparse.Namespace) -> Table:
     if options.held_out:
         calibrating = options.samples + HELD_BACK
         order = np.random.default_rng(options.seed).permutation(len(train))[calibrating:][: options.images or task.count]
-        tests, labels = train, train_labels
+        images = Images(train, train_labels, order)
     else:
-        order = (task.order() if task.order else np.arange(len(tests)))[: options.images or task.count]
-    sessions = {"float": runtime.session(model, threads=options.threads)}
-    rows = [(name, symmetric) for name in options.rewrites for symmetric in options.symmetric]
+        images = Images(tests, labels, (task.order() if task.order else np.arange(len(tests)))[: options.images or task.count])
     with tempfile.TemporaryDirectory() as temporary:
         source = Path(temporary) / "calibration.npz"
-        write_calibration(task, train, sessions["float"].get_inputs()[0].name, options.samples, options.seed, source)
-        for name, symmetric in rows:
+        write_calibration(task, train, Graph.from_proto(read_model(model)).inputs[0].name, options.samples, options.seed, source)
+        front = understood(model, source, task, options)
+        return [score_all(task, model, front, bits, images, options) for bits in options.bits]
+
+
+@dataclass(frozen=True)
+class Images:
+    """Stored images with their labels, and which of them are looked at."""
+
+    stored: Array
+    labels: Array
+    order: Array
+
+
+def score_all(task: Task, model: Path, front: Compilation, bits: str, images: Images, options: argparse.Namespace) -> Table:
+    """One table."""
+    from benchmarks.accuracy import evaluate
+    from vitq_compiler import runtime
+
+    scores: dict[Any, Any] = {}
+    rows = [(name, symmetric) for name in options.rewrites for symmetric in options.symmetric]
+    for start in range(0, len(rows), AT_ONCE):
+        sessions: dict[Any, Any] = {"float": runtime.session(model, threads=options.threads)}
+        for name, symmetric in rows[start : start + AT_ONCE]:
             say(f"{task.name} {bits}: {name}, {'symmetric' if symmetric == 'yes' else 'asymmetric'}")
-            graph = quantized(model, source, task, bits, symmetric == "yes", *REWRITES[name], options)
-            sessions[f"{name}|{symmetric}"] = runtime.session(graph, threads=options.threads)
-    scores = evaluate(task, sessions, tests, labels, order)
-    cells: list[tuple[Cell, ...]] = [("float", scores["float"].right / len(order), None, scores["float"].right / len(order), None)]
+            graph = quantized(front, bits, symmetric == "yes", *REWRITES[name], options)
+            sessions[name, symmetric] = runtime.session(graph, threads=options.threads)
+        scores |= evaluate(task, sessions, images.stored, images.labels, images.order)
+    count = len(images.order)
+    cells: list[tuple[Cell, ...]] = [("float", scores["float"].right / count, None, scores["float"].right / count, None)]
     for name in options.rewrites:
-        pair = [scores.get(f"{name}|{symmetric}") for symmetric in ("no", "yes")]
+        pair = [scores.get((name, symmetric)) for symmetric in ("no", "yes")]
         cells.append((name, *(cell for s in pair for cell in ((s.right / s.images, s.sqnr) if s else (None, None)))))
-    images = "held-out training" if options.held_out else "test"
+    kind = "held-out training" if options.held_out else "test"
     return Table(
-        f"{task.name}, {bits.upper()}, {len(order)} {images} images",
+        f"{task.name}, {bits.upper()}, {count} {kind} images",
         ("rewrites", "top-1", "SQNR, dB", "top-1 symmetric", "SQNR symmetric, dB"),
         tuple(cells),
         (f"{options.samples} calibration images, seed {options.seed}. Probabilities: {options.probs} bits. Ranges: `{options.ranges}`.",),
@@ -104,35 +139,49 @@ def measure_task(task: Task, bits: str, options: argparse.Namespace) -> Table:
     )
 
 
-def quantized(
-    model: Path, calibration: Path, task: Task, bits: str, symmetric: bool, before: str, after: str, options: argparse.Namespace
-) -> Graph:
-    """The float graph with quantizers, as the runtime can run it."""
+def understood(model: Path, calibration: Path, task: Task, options: argparse.Namespace) -> Compilation:
+    """The float graph after the passes that every row begins with."""
     from vitq_compiler.catalog import FRONT, find_pass, load_target
     from vitq_compiler.data import open_data
     from vitq_compiler.graph import Graph
     from vitq_compiler.model_io import convert_opset, read_model
     from vitq_compiler.pipeline import Compilation, Pipeline
     from vitq_compiler.preprocess import resolve
+
+    target = load_target("onnxruntime")
+    graph = Graph.from_proto(convert_opset(read_model(model), target.opset, model))
+    graph.ir_version = target.ir_version
+    data = open_data(calibration, graph.inputs, resolve(task.preprocess, model), samples=options.samples, seed=options.seed)
+    c = Compilation(graph, study(False, options.probs), target, data, threads=options.threads)
+    Pipeline.parse(FRONT, find_pass).run(c)
+    return c
+
+
+def quantized(front: Compilation, bits: str, symmetric: bool, before: str, after: str, options: argparse.Namespace) -> Graph:
+    """The float graph with quantizers, as the runtime can run it."""
+    from vitq_compiler.catalog import find_pass
+    from vitq_compiler.pipeline import Compilation, Pipeline
     from vitq_compiler.qdq import simulate
+
+    recipe = study(symmetric, options.probs).with_bits(bits).defined("strict")
+    c = Compilation(front.graph.snapshot(), recipe, front.target, front.data, threads=options.threads)
+    steps = ("canonicalize,annotate", front.target.rewrites, before, "calibrate", after, options.ranges)
+    Pipeline.parse(",".join(filter(None, steps)), find_pass).run(c)
+    return simulate(c)
+
+
+def study(symmetric: bool, probs: int) -> Recipe:
+    """What is quantized, and how."""
     from vitq_compiler.recipe import parse_recipe
 
     operand: dict[str, Any] = {"symmetric": symmetric}
-    recipe = parse_recipe(
+    return parse_recipe(
         "study",
         {
             "description": "exact rewrites and rounding to nearest",
             "weight": {"bits": 8, "signed": True, "symmetric": True, "granularity": "per_channel"},
             "activation": {"bits": 8, "symmetric": symmetric},
-            "attention": {"q": operand, "k": operand, "v": operand, "probs": {"bits": options.probs, "symmetric": False}},
+            "attention": {"q": operand, "k": operand, "v": operand, "probs": {"bits": probs, "symmetric": False}},
             "passes": "",
         },
     )
-    target = load_target("onnxruntime")
-    graph = Graph.from_proto(convert_opset(read_model(model), target.opset, model))
-    graph.ir_version = target.ir_version
-    data = open_data(calibration, graph.inputs, resolve(task.preprocess, model), samples=options.samples, seed=options.seed)
-    c = Compilation(graph, recipe.with_bits(bits).defined("strict"), target, data, threads=options.threads)
-    text = ",".join(part for part in (FRONT, target.rewrites, before, "calibrate", after, options.ranges) if part)
-    Pipeline.parse(text, find_pass).run(c)
-    return simulate(c)

@@ -26,7 +26,7 @@ def test_a_table_of_the_shipped_model(tmp_path: Path) -> None:
     parser = argparse.ArgumentParser()
     rewrites.add_options(parser)
     words = ["--data", str(tmp_path), "--images", "4", "--samples", "4", "--rewrites", "none", "rotations", "--symmetric", "no"]
-    table = rewrites.measure_task(TASKS["shipped"], "w8a8", parser.parse_args([*words, "--threads", "1"]))
+    (table,) = rewrites.measure_task(TASKS["shipped"], parser.parse_args([*words, "--threads", "1", "--bits", "w8a8"]))
     assert [row[0] for row in table.rows] == ["float", "none", "rotations"]
     for row in table.rows[1:]:
         assert isinstance(row[2], float)
