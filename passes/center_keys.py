@@ -16,7 +16,7 @@ import numpy as np
 
 from vitq_compiler.blocks.attention import Attention, shift_features
 from vitq_compiler.calibration import ChannelStatistics
-from vitq_compiler.passes._observed_heads import ObservedHeads
+from vitq_compiler.passes._heads import ObservedHeads
 from vitq_compiler.pipeline import Compilation
 
 

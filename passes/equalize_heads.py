@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from vitq_compiler.blocks.attention import Attention, HeadView, scale_features
 from vitq_compiler.calibration import ChannelStatistics
-from vitq_compiler.passes._observed_heads import ObservedHeads
+from vitq_compiler.passes._heads import ObservedHeads
 from vitq_compiler.pipeline import Compilation
 from vitq_compiler.quant import check_strength, equalizing_scale
 

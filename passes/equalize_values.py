@@ -14,9 +14,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from vitq_compiler.blocks.attention import Attention, check_private, scale_features
+from vitq_compiler.blocks.attention import Attention, scale_features
 from vitq_compiler.blocks.linear import absorb
-from vitq_compiler.pattern import MatchFailure
+from vitq_compiler.passes._heads import private_attentions
 from vitq_compiler.pipeline import Compilation, Fact, Pass
 from vitq_compiler.quant import Edge, check_strength, equalizing_scale
 
@@ -36,16 +36,12 @@ class EqualizeValues(Pass):
 
     def run(self, c: Compilation) -> int:
         changes = 0
-        for attention in c.annotations.attentions:
-            try:
-                if Edge(attention.proj.name, 0) not in c.specs:
-                    raise MatchFailure("proj stays in float")
-                check_private(c.graph, attention, "v")
-            except MatchFailure as failure:
-                self.note(c, attention.proj.block, f"values keep their ranges: {failure.reason}")
-                continue
-            self._equalize(c, attention)
-            changes += 1
+        for attention in private_attentions(self, c, "v", "values keep their ranges"):
+            if Edge(attention.proj.name, 0) in c.specs:
+                self._equalize(c, attention)
+                changes += 1
+            else:
+                self.note(c, attention.proj.block, "values keep their ranges: proj stays in float")
         return changes
 
     def _equalize(self, c: Compilation, attention: Attention) -> None:

@@ -14,11 +14,14 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from vitq_compiler.blocks.attention import Attention, check_private, feeds_only, is_product, scale_features
+from vitq_compiler.blocks.attention import Attention, feeds_only, is_product, scale_features
 from vitq_compiler.graph import Graph, Node, Tensor, producer, scalar, unique
+from vitq_compiler.passes._heads import private_attentions
 from vitq_compiler.pattern import MatchFailure
 from vitq_compiler.pipeline import Compilation, Fact, Pass
 from vitq_compiler.views import VIEWS
+
+STAYS = "the scale of attention stays"
 
 
 @dataclass(frozen=True)
@@ -32,20 +35,17 @@ class FoldAttentionScale(Pass):
 
     def run(self, c: Compilation) -> int:
         changes = 0
-        for attention in c.annotations.attentions:
-            if attention.scale == 1:
-                continue
+        for attention in private_attentions(self, c, "q", STAYS, lambda attention: attention.scale != 1):
             try:
                 _fold(c.graph, attention)
                 changes += 1
             except MatchFailure as failure:
-                self.note(c, attention.proj.block, f"the scale of attention stays: {failure.reason}")
+                self.note(c, attention.proj.block, f"{STAYS}: {failure.reason}")
         c.graph.clean()
         return changes
 
 
 def _fold(graph: Graph, attention: Attention) -> None:
-    check_private(graph, attention, "q")
     if attention.fused is not None:
         attention.fused.attrs["scale"] = 1.0
     else:

@@ -3,7 +3,7 @@
     LN(u; g, b) W + c  ->  LN(u; 1, 0) (diag(g) W) + (c + b W)
 
 What is left normalizes and does nothing else, so that a rotation of the residual stream passes through it. A reader may see
-several tokens side by side (patch merging): g and b are then repeated.
+several tokens side by side (patch merging): g and b are then repeated. RMSNormalization has no b.
 
 Precondition: Linear layers read the output, directly or through layout operations and means of tokens, and nothing else does.
 """
@@ -15,6 +15,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from vitq_compiler.blocks.linear import absorb
+from vitq_compiler.blocks.normalization import NORMS
 from vitq_compiler.blocks.residual import readers_of_norm
 from vitq_compiler.graph import Node, value
 from vitq_compiler.pattern import MatchFailure
@@ -32,11 +33,11 @@ class FoldLayernormAffine(Pass):
 
     def run(self, c: Compilation) -> int:
         changes = 0
-        for node in c.graph.find("LayerNormalization"):
+        for node in c.graph.find(*NORMS):
             try:
                 changes += _fold(c, node)
             except MatchFailure as failure:
-                self.note(c, node.name, f"LayerNormalization keeps its scale and shift: {failure.reason}")
+                self.note(c, node.name, f"{node.op} keeps its scale and shift: {failure.reason}")
         return changes
 
 

@@ -10,7 +10,7 @@ S       ``common=mean`` of s (RepQ-ViT), or ``median`` (DopQ-ViT, arXiv 2408.032
 Z       the middle code of the readers' quantizers: a symmetric one, which has no zero point, then loses nothing
 r1      ``strength`` 1 is RepQ-ViT; below 1 less of the spread goes into the weight (SmoothQuant, arXiv 2211.10438); with ``limit``
         its largest element is at most so many times the smallest
-r2      zero with ``center=false``: the scales alone move, as in SmoothQuant
+r2      zero with ``center=false`` (the scales alone move, as in SmoothQuant), and for RMSNormalization, which has no b
 
 Precondition: Linear layers read the output, directly or through layout operations and means of tokens (windows, patch merging,
 pooling do the same to a' as to a), nothing else does, and one of them is to be quantized.
@@ -18,7 +18,7 @@ pooling do the same to a' as to a), nothing else does, and one of them is to be 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import reduce
 from math import inf
 from typing import cast, get_args
@@ -27,6 +27,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from vitq_compiler.blocks.linear import Linear, absorb
+from vitq_compiler.blocks.normalization import NORMS
 from vitq_compiler.blocks.residual import readers_of_norm
 from vitq_compiler.calibration import ChannelStatistics
 from vitq_compiler.graph import Graph, Node, value
@@ -59,12 +60,12 @@ class ReparameterizeLayernorm(Pass):
 
     def run(self, c: Compilation) -> int:
         changes = 0
-        for node in c.graph.find("LayerNormalization"):
+        for node in c.graph.find(*NORMS):
             try:
                 self._reparameterize(c, node)
                 changes += 1
             except MatchFailure as failure:
-                self.note(c, node.name, f"LayerNormalization keeps its ranges: {failure.reason}")
+                self.note(c, node.name, f"{node.op} keeps its ranges: {failure.reason}")
         return changes
 
     def _reparameterize(self, c: Compilation, node: Node) -> None:
@@ -75,7 +76,8 @@ class ReparameterizeLayernorm(Pass):
         width = node.outputs[0].shape[-1]
         inputs = {linear.input.name: linear.in_features // width for linear in linears if linear.input.name in c.table.statistics}
         seen = [part for name, copies in inputs.items() for part in c.table.statistics[name].split(copies)]
-        shift, scale = self.factors(reduce(ChannelStatistics.merge, seen), specs[0])
+        rule = self if node.op == "LayerNormalization" else replace(self, center=False)
+        shift, scale = rule.factors(reduce(ChannelStatistics.merge, seen), specs[0])
         fold(c.graph, node, linears, shift, scale)
         for name, copies in inputs.items():
             c.table.rescale(name, np.tile(scale, copies), np.tile(shift, copies))
@@ -95,11 +97,11 @@ class ReparameterizeLayernorm(Pass):
 def fold(graph: Graph, node: Node, linears: list[Linear], shift: Vector, scale: Vector) -> None:
     """Replace the output a of a LayerNormalization by (a + shift) / scale and make its readers undo it."""
     gamma = value(node.inputs[1])
-    beta = value(node.inputs[2]) if len(node.inputs) > 2 else np.zeros_like(gamma)
     node.inputs[1].values = (gamma / scale).astype(np.float32)
-    if len(node.inputs) < 3:
-        node.inputs.append(graph.constant(f"{node.name}/beta", beta))
-    node.inputs[2].values = ((beta + shift) / scale).astype(np.float32)
+    if len(node.inputs) < 3 and np.any(shift):
+        node.inputs.append(graph.constant(f"{node.name}/beta", np.zeros_like(gamma)))
+    if len(node.inputs) > 2:
+        node.inputs[2].values = ((value(node.inputs[2]) + shift) / scale).astype(np.float32)
     for linear in linears:
         copies = linear.in_features // len(scale)
         absorb(graph, linear, np.tile(shift, copies), np.tile(scale, copies))

@@ -6,7 +6,7 @@ Nothing is added at run time: R goes into the Linear layers of q and k, S into t
 SpinQuant, arXiv 2405.16406, without the part that is computed at run time).
 
 Precondition: q, k and v are read by this attention alone and share no features. Rotary embeddings, normalized queries and
-cosine attention put operations between a Linear and the product; such an attention is no block to this compiler.
+cosine attention put operations between a Linear and the product that no rotation passes.
 """
 
 from __future__ import annotations
@@ -15,9 +15,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from vitq_compiler.blocks.attention import Attention, check_private, map_heads, map_merged_heads
+from vitq_compiler.blocks.attention import Attention, map_heads, map_merged_heads
 from vitq_compiler.orthogonal import random_orthogonal
-from vitq_compiler.pattern import MatchFailure
+from vitq_compiler.passes._heads import private_attentions
 from vitq_compiler.pipeline import Compilation, Fact, Pass
 
 
@@ -35,16 +35,10 @@ class RotateHeads(Pass):
 
     def run(self, c: Compilation) -> int:
         changes = 0
-        for attention in c.annotations.attentions:
-            for letters in ("qk" if self.keys else "", "v" if self.values else ""):
-                if letters:
-                    try:
-                        check_private(c.graph, attention, letters)
-                    except MatchFailure as failure:
-                        self.note(c, attention.proj.block, f"{' and '.join(letters)} are not rotated: {failure.reason}")
-                        continue
-                    self._rotate(attention, letters)
-                    changes += 1
+        for letters in ("qk" if self.keys else "", "v" if self.values else ""):
+            for attention in private_attentions(self, c, letters, f"{' and '.join(letters)} are not rotated") if letters else ():
+                self._rotate(attention, letters)
+                changes += 1
         return changes
 
     def _rotate(self, attention: Attention, letters: str) -> None:

@@ -3,10 +3,10 @@
     u -> u R,   W_writer -> W_writer R,   W_reader -> R' W_reader,   R orthogonal with R 1 = 1
 
 Because R keeps the mean and the length of a vector, n(u R) = n(u) R for the normalization n of LayerNormalization, whose node
-stays as it is: no time is added anywhere. (Rotations as in QuaRot, arXiv 2404.00456, turn LayerNorm into RMSNorm to get
-there; the condition R 1 = 1 makes that needless, and lets them pass patch merging, where I (x) R keeps ones too.) R is a
-Hadamard matrix with random signs, reflected so that it keeps ones. Writers are patch embedding, class token, position
-embeddings, proj, fc2; readers are what follows the LayerNormalizations.
+stays as it is: no time is added anywhere, and RMSNormalization asks for less. (Rotations as in QuaRot, arXiv 2404.00456, turn
+LayerNorm into RMSNorm to get there; the condition R 1 = 1 makes that needless, and lets them pass patch merging, where I (x) R
+keeps ones too.) R is a Hadamard matrix with random signs, reflected so that it keeps ones. Writers are patch embedding, class
+token, position embeddings, proj, fc2; readers are what follows the LayerNormalizations.
 
 Precondition: nothing else reads or writes the stream, and its LayerNormalizations scale all channels alike: run
 fold-layernorm-affine and fold-layer-scale before.

@@ -14,11 +14,11 @@ from math import prod
 
 import numpy as np
 
+from vitq_compiler.blocks.normalization import NORMS
 from vitq_compiler.graph import Graph, Node, Tensor, is_constant, producer, value
 from vitq_compiler.pipeline import Compilation, Fact, Pass
 
 ELEMENTWISE = frozenset({"Add", "Sub", "Mul", "Div", "Gelu", "Relu", "Sigmoid", "Tanh", "Erf", "HardSwish", "Elu", "LeakyRelu", "Clip"})
-NORMALIZATIONS = frozenset({"LayerNormalization", "RMSNormalization"})
 
 
 @dataclass(frozen=True)
@@ -71,14 +71,14 @@ def _is_rowwise(node: Node, tokens: dict[int, Tensor]) -> bool:
         return False
     if node.op == "MatMul":
         return is_constant(node.inputs[1]) and value(node.inputs[1]).ndim == 2
-    if node.op in NORMALIZATIONS:
+    if node.op in NORMS:
         return node.attrs.get("axis", -1) in (-1, 1)
     return node.op in ELEMENTWISE and all(value(t).ndim < 2 for t in constants)
 
 
 def _move(graph: Graph, node: Node, tokens: dict[int, Tensor]) -> None:
     node.inputs = [tokens.get(id(t), t) for t in node.inputs]
-    if node.op in NORMALIZATIONS:
+    if node.op in NORMS:
         node.attrs["axis"] = -1
     result = node.outputs[0]
     first = next(t for t in node.inputs if not is_constant(t))

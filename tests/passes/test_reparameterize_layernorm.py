@@ -353,6 +353,16 @@ def test_patch_merging_gets_a_bias(options: dict[str, Any], merging: str) -> Non
     assert (merge.bias is not None) == options.get("center", True)
 
 
+@pytest.mark.parametrize("strength", [0.5, 1.0])
+def test_root_mean_squares_have_no_shift(strength: float) -> None:
+    c = observed("a = RMSNormalization(x, gamma) m = MatMul(a, w) y = Add(m, c)")
+    spread = [np.ptp(np.log(seen.high - seen.low)) for seen in (c.table.statistics["a"],)]
+    assert rewritten(c, strength) == 1
+    seen = c.table.statistics["a"]
+    assert np.ptp(np.log(seen.high - seen.low)) < spread[0]
+    assert len(c.graph.find("RMSNormalization")[0].inputs) == 2
+
+
 def test_a_reader_of_means_and_of_tokens() -> None:
     """The head of a DINOv2 classifier reads the class token beside the mean of the patches: both share the factors."""
     c = compilation(

@@ -6,11 +6,25 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tests.builders import DIALECTS, Dialect, Sizes, changes_of, compilation, difference, feed_of, find_pass, run_model, run_passes, vit
+from tests.builders import (
+    DIALECTS,
+    Dialect,
+    Sizes,
+    changes_of,
+    compilation,
+    difference,
+    feed_of,
+    find_pass,
+    graph_of,
+    run_model,
+    run_passes,
+    vit,
+)
 from tests.swin import SwinSizes, swin
 from tests.test_parity import REWRITES, TOLERANCE, dialects, sizes
+from vitq_compiler.annotations import understand
 from vitq_compiler.graph import Graph, value
-from vitq_compiler.pipeline import Compilation
+from vitq_compiler.pipeline import Compilation, _build
 
 FRONT = "canonicalize,recover-layernorm,recover-gelu,separate-linears,fold-layer-scale,annotate"
 
@@ -93,6 +107,31 @@ def test_stages(merging: str, embed_norm: bool) -> None:
     assert all("of width 8 is not rotated" in reason for reason in reasons)
 
 
+def test_root_mean_squares() -> None:
+    """RMSNormalization, which has no shift and keeps the mean, and a LayerNormalization of the same stream."""
+    random = np.random.default_rng(5)
+    weights = {name: random.normal(size=size).astype(np.float32) for name, size in {"e": (6, 8), "w": (8, 8), "h": (8, 3)}.items()}
+    graph = graph_of(
+        """g (float[B, 5, 6] x) => (float y) {
+            u = MatMul(x, e) a = RMSNormalization <epsilon = 0.01> (u, g) f = MatMul(a, w) r = Add(u, f)
+            b = LayerNormalization(r, g2, s) y = MatMul(b, h)
+        }""",
+        g=random.normal(1, 1, 8).astype(np.float32),
+        g2=random.normal(1, 1, 8).astype(np.float32),
+        s=random.normal(size=8).astype(np.float32),
+        **weights,
+    )
+    c = compilation(graph)
+    c.graph.infer_shapes()
+    c.annotations = understand(c.graph)
+    assert rewritten(c, "fold-layernorm-affine") == 2
+    assert len(c.graph.find("RMSNormalization")[0].inputs) == 2
+    before = value(c.annotations.linears[0].weight)
+    assert rewritten(c, "rotate-residual") == 1
+    assert not np.allclose(before, value(c.annotations.linears[0].weight))
+    assert c.notes == []
+
+
 def test_a_feature_output_forbids_both() -> None:
     model = vit(Sizes(depth=1))
     norm = next(node for node in model.graph.node if node.op_type == "LayerNormalization")
@@ -103,6 +142,15 @@ def test_a_feature_output_forbids_both() -> None:
     assert rewritten(c, "rotate-residual") == 0
     assert f"{norm.output[0]} is a graph output" in c.notes[-1].reason
 
+
+CALIBRATED = (
+    "equalize-values{strength=1}",
+    "equalize-hidden{strength=1}",
+    "reparameterize-layernorm{strength=1}",
+    "reparameterize-layernorm{strength=1 common=median}",
+    "reparameterize-layernorm{strength=1 limit=3}",
+    "reparameterize-layernorm{center=false}",
+)
 
 swins = st.builds(
     SwinSizes,
@@ -119,7 +167,7 @@ swins = st.builds(
 @settings(max_examples=25)
 @given(
     st.one_of(st.builds(vit, sizes, dialects), st.builds(swin, swins)),
-    st.lists(st.sampled_from(REWRITES), min_size=1, max_size=5),
+    st.lists(st.sampled_from([*REWRITES, *CALIBRATED]), min_size=1, max_size=5),
     st.booleans(),
 )
 def test_any_sequence_keeps_the_outputs(model: onnx.ModelProto, sequence: list[str], fuse: bool) -> None:
@@ -128,7 +176,10 @@ def test_any_sequence_keeps_the_outputs(model: onnx.ModelProto, sequence: list[s
         changes_of(c, "fuse-attention")
     feed = feed_of(c.graph, seed=1)
     reference = run_model(c.graph, feed)
-    for name in sequence:
-        changes_of(c, name)
-        assert difference(reference, run_model(c.graph, feed)) <= TOLERANCE, name
+    for text in sequence:
+        if text in CALIBRATED:
+            changes_of(c, "calibrate")
+        name, _, options = text.partition("{")
+        _build(find_pass(name), options.rstrip("}")).run(c)
+        assert difference(reference, run_model(c.graph, feed)) <= TOLERANCE, text
     onnx.checker.check_model(c.graph.to_proto(), full_check=True)

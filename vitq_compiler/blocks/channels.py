@@ -1,21 +1,23 @@
 """Where the channels of a tensor are before and after an operation that treats all channels alike.
 
 Such an operation commutes with every linear map R of the channels: f(x R) = f(x) R. Layout operations, sums, selections and
-means of tokens are of this kind; with R 1 = 1, so are the addition of one number to all channels and LayerNormalization
-without an affine. Its axis may hold the channels several times over (patch merging puts four tokens side by side).
+means of tokens are of this kind; with R 1 = 1, so are the addition of one number to all channels and, without an affine,
+LayerNormalization and RMSNormalization. Its axis may hold the channels several times over (patch merging puts four tokens side
+by side).
 """
 
 from __future__ import annotations
 
 from math import prod
 
+from vitq_compiler.blocks.normalization import NORMS
 from vitq_compiler.graph import Node, Tensor, is_constant, value
 from vitq_compiler.pattern import MatchFailure
 
 Sizes = list[int | str | None]
 RESHAPING = frozenset({"Reshape", "Squeeze", "Unsqueeze", "Flatten"})
 REARRANGING = RESHAPING | {"Transpose", "Identity", "Slice", "Split", "Gather", "Concat", "Expand", "ReduceMean", "GlobalAveragePool"}
-CARRIERS = REARRANGING | {"Add", "Sub", "Sum", "Mul", "Div", "Pad", "LayerNormalization"}
+CARRIERS = REARRANGING | {"Add", "Sub", "Sum", "Mul", "Div", "Pad"} | NORMS
 ELEMENTWISE = frozenset({"Add", "Sub", "Sum", "Mul", "Div"})
 ALIGNED_RIGHT = ELEMENTWISE | {"Expand"}
 
@@ -142,7 +144,7 @@ def _check_untouched(node: Node, axis: int) -> None:
         touched = ends is None or bool(ends[axis] or ends[axis + rank])
     elif node.op == "GlobalAveragePool":
         touched = axis != 1
-    elif node.op == "LayerNormalization":
+    elif node.op in NORMS:
         touched = axis != rank - 1 or node.attrs.get("axis", -1) % rank != axis
     if touched:
         raise MatchFailure(f"{node.op} {node.name} does not treat its channels alike", node.name)

@@ -14,6 +14,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from vitq_compiler.blocks.linear import Linear, is_depthwise
+from vitq_compiler.blocks.normalization import NORMS
 from vitq_compiler.graph import Node, Tensor, is_constant, producer, readers
 from vitq_compiler.pattern import MatchFailure
 from vitq_compiler.views import VIEWS
@@ -22,7 +23,11 @@ ELEMENTWISE = frozenset({"Add", "Sub", "Mul", "Div", "Neg", "Pow", "Sqrt", "Reci
 LAYOUT = VIEWS | frozenset({"Concat", "Expand", "Pad", "Tile", "MaxPool", "AveragePool", "GlobalAveragePool", "ReduceMax"})
 REDUCTIONS = frozenset({"ReduceL2", "ReduceSum", "ReduceSumSquare", "ReduceMean"})
 PRODUCTS = frozenset({"MatMul", "Einsum"})
-NORMS = frozenset({"LayerNormalization", "RMSNormalization"})
+KINDS = (  # operations between the Linear layers and the scores, and what they say
+    (frozenset({"Neg"}), "queries and keys are rotated by their positions"),
+    (REDUCTIONS - {"ReduceMean"}, "queries and keys are divided by their lengths"),
+    (NORMS, "queries and keys are normalized"),
+)
 ACTIVATIONS = frozenset({"Relu", "HardSwish", "HardSigmoid", "Gelu", "Sigmoid", "Swish"})
 
 
@@ -34,7 +39,7 @@ class ComputedAttention:
         softmax: the Softmax node.
         linears: the distinct Linear layers that queries, keys and values are computed from.
         proj: the Linear that reads the result.
-        reason: what keeps it from being an `Attention`.
+        reason: what keeps it from being an `Attention`, in general where that is known and in particular.
         mixers: Linear layers over heads, on scores or probabilities.
         index: position among all attention blocks of the graph.
     """
@@ -67,7 +72,25 @@ def match_computed_attention(softmax: Node, linears: list[Linear], reason: str) 
     if not scores or len(found) == len(scores) or proj is None or any(linear is proj for linear in found):
         raise MatchFailure(reason, softmax.name)
     distinct = [list({id(linear): linear for linear in group}.values()) for group in (found, [*before, *behind])]
-    return ComputedAttention(softmax, distinct[0], proj, reason, distinct[1])
+    ops = _ops_before(softmax, {id(linear.output) for linear in scores})
+    kind = next((f"{text}; " for known, text in KINDS if known & ops), "")
+    return ComputedAttention(softmax, distinct[0], proj, kind + reason, distinct[1])
+
+
+def _ops_before(softmax: Node, ends: set[int]) -> set[str]:
+    """Everything between the Linear layers that give the outputs ``ends`` and ``softmax``."""
+    ops: set[str] = set()
+    seen: set[int] = set()
+    stack = [softmax.inputs[0]]
+    while stack:
+        tensor = stack.pop()
+        node = producer(tensor)
+        if node is None or id(node) in seen or id(tensor) in ends:
+            continue
+        seen.add(id(node))
+        ops.add(node.op)
+        stack.extend(t for t in node.inputs if not is_constant(t))
+    return ops
 
 
 def _context(softmax: Node, mixers: dict[int, Linear]) -> Node | None:

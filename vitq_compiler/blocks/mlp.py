@@ -8,8 +8,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from vitq_compiler.blocks.computed_attention import NORMS
 from vitq_compiler.blocks.linear import Linear, is_depthwise
+from vitq_compiler.blocks.normalization import NORMS
 from vitq_compiler.graph import Graph, Node, Tensor, is_constant, producer, scalar
 from vitq_compiler.views import VIEWS
 

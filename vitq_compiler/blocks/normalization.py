@@ -11,6 +11,8 @@ import numpy as np
 from vitq_compiler.graph import Node, Tensor, is_constant, scalar, value
 from vitq_compiler.pattern import Bindings, MatchFailure, Pattern, const, either, op
 
+NORMS = frozenset({"LayerNormalization", "RMSNormalization"})
+
 
 def mean(of: Pattern, name: str) -> Pattern:
     """The mean of ``of``; its reducing node is bound to ``name``, the divisor of a sum to ``name/divisor`` or ``name/factor``."""

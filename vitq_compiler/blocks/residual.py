@@ -1,6 +1,6 @@
 """The residual stream: all tensors that share one basis of channels, and the weights that write into it and read from it.
 
-Found by structure: from the input of a LayerNormalization in all directions through operations that treat channels alike
+Found by structure: from the input of a normalization in all directions through operations that treat channels alike
 (`blocks.channels`), up to the Linears, convolutions and constants that write it and the Linears and convolutions that read
 it. A network of stages (Swin, Hiera) has one stream for each width: patch merging reads the one and writes the next.
 """
@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 
 from vitq_compiler.blocks.channels import CARRIERS, REARRANGING, carry
 from vitq_compiler.blocks.linear import Linear
+from vitq_compiler.blocks.normalization import NORMS
 from vitq_compiler.graph import Graph, Node, Tensor, is_constant, producer, readers
 from vitq_compiler.pattern import MatchFailure
 
@@ -40,7 +41,7 @@ class Stream:
         writers: what adds to it.
         readers: what multiplies it.
         linears: the Linear layers among the readers.
-        norms: the LayerNormalizations in it; their outputs are tensors of the stream too.
+        norms: the LayerNormalizations and RMSNormalizations in it; their outputs are tensors of the stream too.
         refusal: why its basis cannot be changed, or an empty string.
     """
 
@@ -53,9 +54,9 @@ class Stream:
 
 
 def find_streams(graph: Graph, linears: Sequence[Linear]) -> list[Stream]:
-    """All streams that a LayerNormalization reads, in graph order."""
+    """All streams that a normalization reads, in graph order."""
     streams, seen = [], set[int]()
-    for node in graph.find("LayerNormalization"):
+    for node in graph.find(*NORMS):
         width = node.inputs[0].shape[-1] if node.inputs[0].shape else None
         if id(node) not in seen and isinstance(width, int) and width > 0:
             search = _Search(graph, linears, width, CARRIERS)
@@ -65,7 +66,7 @@ def find_streams(graph: Graph, linears: Sequence[Linear]) -> list[Stream]:
 
 
 def readers_of_norm(graph: Graph, node: Node, linears: Sequence[Linear]) -> list[Linear]:
-    """The Linear layers that read the output of a LayerNormalization, each directly or through layout operations and means.
+    """The Linear layers that read the output of a normalization, each directly or through layout operations and means.
 
     Raises:
         MatchFailure: something else reads it, or they read something else too.
@@ -166,6 +167,6 @@ class _Search:
         except MatchFailure as failure:
             self.refuse(failure.reason)
             return []
-        if node.op == "LayerNormalization" and not any(node is norm for norm in self.stream.norms):
+        if node.op in NORMS and not any(node is norm for norm in self.stream.norms):
             self.stream.norms.append(node)
         return [(other, place, node) for other, place in places]
