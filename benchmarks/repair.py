@@ -39,6 +39,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--batch-size", type=int, default=16, metavar="N", help="of calibration [16]")
     parser.add_argument("--seed", type=int, default=0, help="of the choice of samples [0]")
     parser.add_argument("--threads", type=int, default=1, metavar="N", help="of the runtime and of torch [1]")
+    parser.add_argument("--work-dir", type=Path, metavar="DIR", help="of the compiles: activations, and training to go on from")
     parser.add_argument("--last", action="store_true", help="measure only the whole pipeline")
 
 
@@ -81,7 +82,7 @@ def _table(name: str, bits: str | None, options: argparse.Namespace) -> Table:
             label = "+ " + passes.rpartition(",")[2] if number else "without repair"
             say(f"{name}: {label} ...")
             given = {"recipe": options.recipe, "bits": bits, "calibration": source, "preprocess": task.preprocess}
-            given |= {key: getattr(options, key) for key in ("samples", "batch_size", "seed", "threads")}
+            given |= {key: getattr(options, key) for key in ("samples", "batch_size", "seed", "threads", "work_dir")}
             with ProcessPoolExecutor(1, get_context("spawn")) as alone:
                 seconds, megabytes = alone.submit(compile_alone, model, output, passes, given).result()
             sessions = {"float": floating, "vitq": runtime.session(output, threads=options.threads)}

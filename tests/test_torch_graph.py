@@ -1,20 +1,27 @@
 """The torch interpreter: the forward of ONNX Runtime to 1e-5, and gradients that agree with finite differences."""
 
+from pathlib import Path
+from typing import Any
+
 import numpy as np
 import onnx
 import pytest
 from onnx import helper, numpy_helper
 
 from tests.builders import DIALECTS, Dialect, Sizes, compilation, feed_of, graph_of, run_model, run_passes, vit
+from vitq_compiler.catalog import FRONT as CATALOG_FRONT
+from vitq_compiler.catalog import load_target
 from vitq_compiler.errors import ModelError
 from vitq_compiler.graph import Graph, value
 from vitq_compiler.quant import Edge
+from vitq_compiler.runtime import probe_feed
 from vitq_compiler.torch_graph import TorchGraph
 
 torch = pytest.importorskip("torch")
 pytestmark = pytest.mark.torch
 FRONT = "canonicalize,recover-layernorm,recover-gelu,separate-linears,annotate"
 RANDOM = np.random.default_rng(0)
+ZOO = Path(__file__).parent / "data" / "zoo"
 
 
 def forward(graph: Graph, feed: dict[str, np.ndarray]) -> list[np.ndarray]:
@@ -25,6 +32,14 @@ def forward(graph: Graph, feed: dict[str, np.ndarray]) -> list[np.ndarray]:
 def agree(graph: Graph, feed: dict[str, np.ndarray]) -> None:
     for a, b in zip(run_model(graph, feed), forward(graph, feed), strict=True):
         np.testing.assert_allclose(b, a, rtol=1e-5, atol=1e-5 * np.abs(a).max())
+
+
+def double(graph: Graph, feed: dict[str, np.ndarray]) -> tuple[TorchGraph, dict[str, Any]]:
+    """The function of ``graph``, and its inputs, in double precision."""
+    function = TorchGraph(graph)
+    function._constants = {k: t.double() if torch.is_tensor(t) else t for k, t in function._constants.items()}
+    tensors = {name: torch.from_numpy(x) for name, x in feed.items()}
+    return function, {name: x.double() if x.is_floating_point() else x for name, x in tensors.items()}
 
 
 @pytest.mark.parametrize("dialect", DIALECTS)
@@ -57,6 +72,11 @@ NODES = {
     "t = Transpose(x) y = Identity(t)": {},
     "y = Sum(x, x, x)": {},
     "y = Softmax <axis = 1> (x)": {},
+    "y = LeakyRelu <alpha = 0.2> (x)": {},
+    "y = ThresholdedRelu <alpha = 0.4> (x)": {},
+    "m = Max(x, h) l = Log(m) n = Min(l, z) y = Exp(n)": {"h": np.float32(0.1), "z": np.float32(0)},
+    "t = Tan(x) y = Atan(t)": {},
+    "q = QuantizeLinear(x, h, z) y = DequantizeLinear(q, h, z)": {"h": np.float32(0.1), "z": np.uint8(100)},
 }
 
 
@@ -84,9 +104,7 @@ def test_gradients_agree_with_finite_differences(dialect: Dialect, fused: bool) 
     """Every weight of a block, in double precision, along a random direction."""
     c = compilation(vit(Sizes(depth=1), dialect))
     run_passes(c, FRONT + (",fuse-attention" if fused else ""))
-    function = TorchGraph(c.graph)
-    function._constants = {k: t.double() if torch.is_tensor(t) else t for k, t in function._constants.items()}
-    feed = {name: torch.from_numpy(x).double() for name, x in feed_of(c.graph).items()}
+    function, feed = double(c.graph, feed_of(c.graph))
     weights = {Edge(linear.name, 1): torch.from_numpy(value(linear.weight)).double() for linear in c.annotations.linears}
     steps = {edge: torch.from_numpy(RANDOM.normal(size=tuple(w.shape))) for edge, w in weights.items()}
 
@@ -116,3 +134,27 @@ def test_an_unknown_operator_is_refused_with_its_name() -> None:
     onnx.checker.check_model(model)
     with pytest.raises(ModelError, match="Det node odd"):
         TorchGraph(Graph.from_proto(model))
+
+
+@pytest.mark.parametrize("family", sorted(path.stem for path in ZOO.glob("*.onnx")))
+def test_every_family_of_the_zoo(family: str) -> None:
+    """What every block hands on, and its slope along a random change of all weights, in double precision."""
+    c = compilation(onnx.load(ZOO / f"{family}.onnx"))
+    run_passes(c, f"{CATALOG_FRONT},{load_target('onnxruntime').rewrites}")
+    handed_on = {c.graph.node(e.node).inputs[e.index].name for e in c.annotations.block_edges.values()}
+    graph = c.graph.part([spec.name for spec in c.graph.inputs], sorted({*handed_on, *c.graph.output_names}))
+    feed = probe_feed(graph.inputs, 2, seed=0)
+    agree(graph, feed)
+    function, exact = double(graph, feed)
+    weights = {Edge(linear.name, 1): torch.from_numpy(value(linear.weight)).double() for linear in c.annotations.linears}
+    steps = {edge: torch.from_numpy(RANDOM.normal(size=tuple(w.shape))) for edge, w in weights.items()}
+    amount = torch.zeros((), dtype=torch.float64, requires_grad=True)
+
+    def loss(amount: Any) -> Any:
+        taps = {e: (lambda _, w=w, e=e: w + amount * steps[e]) for e, w in weights.items()}
+        return sum(y.square().mean() for y in function(exact, taps).values())
+
+    (slope,) = torch.autograd.grad(loss(amount), amount)
+    with torch.no_grad():
+        expected = float(loss(1e-6) - loss(-1e-6)) / 2e-6
+    assert float(slope) == pytest.approx(expected, rel=1e-5)

@@ -92,6 +92,17 @@ def _functions(torch: Any) -> dict[str, Operator]:
             return x
         return torch.as_tensor(np.asarray(x), device=like.device if torch.is_tensor(like) else None)
 
+    def quantize_linear(node: Node, x: Any, scale: Any, zero_point: Any) -> Any:
+        """Codes as floats, with the gradient of what is rounded."""
+        if zero_point.dtype.kind not in "iu":
+            raise ModelError(f"QuantizeLinear node {node.name} has 8-bit floats, which cannot be trained through")
+        ends = np.iinfo(zero_point.dtype)
+        t = x / scale
+        return (t + (t.round() - t).detach() + lift(zero_point, x)).clamp(ends.min, ends.max)
+
+    def dequantize_linear(node: Node, codes: Any, scale: Any, zero_point: Any) -> Any:
+        return (codes - lift(zero_point, codes)) * scale
+
     def binary(f: Callable[[Any, Any], Any]) -> Operator:
         return lambda node, a, b: f(a, b) if not (torch.is_tensor(a) or torch.is_tensor(b)) else f(lift(a, b), lift(b, a))
 
@@ -166,6 +177,9 @@ def _functions(torch: Any) -> dict[str, Operator]:
         x = lift(x)
         return x.expand(np.broadcast_shapes(tuple(x.shape), tuple(_numbers(shape))))
 
+    def tile(node: Node, x: Any, repeats: Any) -> Any:
+        return x.repeat(_numbers(repeats)) if torch.is_tensor(x) else np.tile(x, _numbers(repeats))
+
     def clip(node: Node, x: Any, low: Any = None, high: Any = None) -> Any:
         return torch.clamp(x, None if low is None else lift(low, x), None if high is None else lift(high, x))
 
@@ -205,14 +219,21 @@ def _functions(torch: Any) -> dict[str, Operator]:
         "Mul": binary(lambda a, b: a * b),
         "Div": binary(lambda a, b: a / b),
         "Pow": binary(lambda a, b: a**b),
+        "Max": binary(torch.maximum),
+        "Min": binary(torch.minimum),
         "Sqrt": unary(torch.sqrt),
         "Reciprocal": unary(torch.reciprocal),
         "Neg": unary(lambda x: -x),
         "Exp": unary(torch.exp),
+        "Log": unary(torch.log),
+        "Tan": unary(torch.tan),
+        "Atan": unary(torch.atan),
         "Erf": unary(torch.erf),
         "Tanh": unary(torch.tanh),
         "Sigmoid": unary(torch.sigmoid),
         "Relu": unary(torch.relu),
+        "ThresholdedRelu": lambda node, x: x * (x > node.attrs.get("alpha", 1.0)),
+        "LeakyRelu": lambda node, x: F.leaky_relu(x, node.attrs.get("alpha", 0.01)),
         "HardSwish": unary(F.hardswish),
         "Gelu": lambda node, x: F.gelu(x, approximate=node.attrs.get("approximate", "none")),
         "Softmax": softmax,
@@ -220,6 +241,9 @@ def _functions(torch: Any) -> dict[str, Operator]:
         "RMSNormalization": rms_norm,
         "ReduceMean": reduce(torch.mean),
         "ReduceSum": reduce(torch.sum),
+        "ReduceMax": reduce(torch.amax),
+        "ReduceL2": reduce(torch.linalg.vector_norm),
+        "GlobalAveragePool": lambda node, x: x.mean(list(range(2, x.ndim)), keepdim=True),
         "Reshape": reshape,
         "Flatten": lambda node, x: x.reshape(int(np.prod(x.shape[: node.attrs.get("axis", 1)])), -1),
         "Transpose": lambda node, x: x.permute(*node.attrs.get("perm", range(x.ndim)[::-1])),
@@ -231,8 +255,12 @@ def _functions(torch: Any) -> dict[str, Operator]:
         "Concat": concat,
         "Expand": expand,
         "Shape": lambda node, x: np.array(x.shape, np.int64)[slice(node.attrs.get("start", 0), node.attrs.get("end"))],
+        "Range": lambda node, *ends: np.arange(*(np.asarray(e).item() for e in ends)),
+        "Tile": tile,
         "Identity": unary(lambda x: x),
         "Clip": clip,
         "Attention": attention,
         "Conv": conv,
+        "QuantizeLinear": quantize_linear,
+        "DequantizeLinear": dequantize_linear,
     }

@@ -63,7 +63,7 @@ def test_training_adds_to_it(model: Path, tmp_path: Path, bits: str) -> None:
     recipe = load_recipe(f"best-{bits}")
     assert recipe.bits == bits
     options = {"recipe": f"best-{bits}", "samples": 64, "threads": 1}
-    short = recipe.passes.replace("steps=300", "steps=60")
+    short = recipe.passes.replace("reconstruct-blocks", "reconstruct-blocks{steps=60 code-rate=0.01 scale-rate=0.003}")
     fast = recipe.passes.partition(",reconstruct-blocks")[0]
     whole = [
         ",".join((FRONT, load_target("onnxruntime").rewrites, passes, load_target("onnxruntime").lowering)) for passes in (fast, short)

@@ -11,7 +11,7 @@ from tests.laws.sources import package_files, python_files, relative, syntax
 from vitq_compiler import registry
 
 KINDS = sorted({module.split(".")[1] for module in package_files() if module.count(".") == 2})
-NAMED = [kind for kind in KINDS if kind not in ("blocks", "lint")]  # what recipes and the command line call by name
+NAMED = [kind for kind in KINDS if kind not in ("blocks", "lint", "training")]  # what recipes and the command line call by name
 MAX_LINES = 600
 NAMELESS = {"common", "helpers", "misc", "util", "utils"}
 SYNONYMS = {"bw", "bitwidth", "bit_width", "ch_axis", "encodings", "qscheme", "zp"}  # zero_point, bits, axis, QuantParams, symmetric
