@@ -13,9 +13,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from vitq_compiler.blocks.attention import Attention, HeadView, feeds_only
-from vitq_compiler.blocks.linear import Linear
+from vitq_compiler.blocks.attention import Attention
 from vitq_compiler.graph import Graph, Tensor, is_constant, value
+from vitq_compiler.passes._own_linears import own_linears
 from vitq_compiler.pattern import MatchFailure
 from vitq_compiler.pipeline import Compilation, Fact, Pass
 from vitq_compiler.runtime import supports
@@ -59,7 +59,7 @@ def _fuse(c: Compilation, attention: Attention) -> None:
         if c.graph.is_output(tensor):
             raise MatchFailure(f"{tensor.name} is a graph output", tensor.name)
     mask = [] if attention.mask is None else [_mask(c.graph, attention, attention.mask)]
-    operands = [*_operands(c, attention), *mask]
+    operands = [*(_as_tokens(c.graph, tensor) for tensor in own_linears(c, attention)), *mask]
     merged = attention.proj.input
     output = c.graph.insert(
         "Attention",
@@ -100,34 +100,3 @@ def _mask(graph: Graph, attention: Attention, mask: Tensor) -> Tensor:
     if len(mask.shape or ()) not in (2, 3, 4) or list(mask.shape[-2:]) != tokens:
         raise MatchFailure(f"its mask of shape {mask.shape} is not one number for each of {tokens} queries and keys", mask.name)
     return mask
-
-
-def _operands(c: Compilation, attention: Attention) -> list[Tensor]:
-    """q, k and v, each of shape [batch, tokens, heads * head_dim] and the whole output of a Linear."""
-    views = {"q": attention.q, "k": attention.k, "v": attention.v}
-    for linear in attention.linears:
-        mine = {letter: view for letter, view in views.items() if view.linear is linear}
-        if len(mine) == 1 and all(np.array_equal(view.columns, np.arange(linear.out_features)) for view in mine.values()):
-            continue
-        if not feeds_only(c.graph, linear.output, attention):
-            raise MatchFailure(f"{linear.name} is read by more than this attention, so its features cannot be taken apart")
-        parts = [_part(c.graph, linear, view, f"{linear.name}/{letter}") for letter, view in mine.items()]
-        c.move_specs(linear.name, [part.name for part in parts])
-        place = c.annotations.linears.index(linear)
-        c.annotations.linears[place : place + 1] = parts
-    return [_as_tokens(c.graph, view.linear.output) for view in views.values()]
-
-
-def _part(graph: Graph, linear: Linear, view: HeadView, name: str) -> Linear:
-    """The output features of ``view`` as a Linear of their own, called ``name``."""
-    weight = graph.constant(f"{linear.weight.name}/part", value(linear.weight)[:, view.columns])
-    output = graph.insert("MatMul", [linear.input, weight], name=name)
-    part = Linear(output.inputs[0], None, linear.role, linear.block)
-    if linear.bias is not None:
-        bias = graph.constant(f"{linear.bias.name}/part", value(linear.bias)[view.columns])
-        output = graph.insert("Add", [output, bias], name=f"{name}/add")
-        part.add = output.inputs[0]
-    for tensor in (part.matmul.outputs[0], output):
-        tensor.dtype, tensor.shape = linear.output.dtype, [*linear.output.shape[:-1], len(view.columns)]
-    view.linear, view.columns = part, np.arange(len(view.columns))
-    return part

@@ -22,7 +22,8 @@ import numpy as np
 from vitq_compiler.blocks.attention import Attention, HeadView, feeds_only, head_views
 from vitq_compiler.blocks.computed_attention import ComputedAttention
 from vitq_compiler.blocks.linear import Linear, add_to_bias
-from vitq_compiler.graph import Graph, Node, Tensor, is_constant, producer, readers, scalar, value
+from vitq_compiler.graph import Graph, Node, Tensor, is_constant, producer, readers, value
+from vitq_compiler.passes._own_linears import unscale
 from vitq_compiler.pattern import MatchFailure
 from vitq_compiler.pipeline import Compilation, Fact, Pass
 from vitq_compiler.views import VIEWS
@@ -46,7 +47,7 @@ class StackHeads(Pass):
                 self.note(c, attention.softmax.name, f"heads are not stacked: {failure.reason}")
                 continue
             _stack(c, attention)
-            _unscale(c.graph, attention)
+            unscale(c.graph, attention)
             changes += 1
         for computed in c.annotations.computed_attentions:
             try:
@@ -150,20 +151,3 @@ def _operands(graph: Graph, attention: Attention, stacked: Tensor) -> tuple[Tens
     for tensor in (q, k, v):
         tensor.dtype, tensor.shape = stacked.dtype, [batch, heads, tokens, size]
     return q, move("Transpose", [k], "transposed_keys", [batch, heads, size, tokens], perm=[0, 1, 3, 2]), v
-
-
-def _unscale(graph: Graph, attention: Attention) -> None:
-    """Take the scaling of the scores out: it is in the weight of q now."""
-    tensor = attention.softmax.inputs[0]
-    while (node := producer(tensor)) is not None and node is not attention.scores:
-        tensor = next((t for t in node.inputs if _leads_to(t, attention)), node.inputs[0])
-        if node.op in ("Mul", "Div") and any(scalar(t) is not None for t in node.inputs):
-            graph.replace(node.outputs[0], tensor)
-
-
-def _leads_to(tensor: Tensor, attention: Attention) -> bool:
-    """Whether ``tensor`` is made of the scores by scalings and masks alone."""
-    node = producer(tensor)
-    if node is attention.scores:
-        return True
-    return node is not None and node.op in ("Mul", "Div", "Add") and any(_leads_to(t, attention) for t in node.inputs)

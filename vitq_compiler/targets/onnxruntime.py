@@ -2,8 +2,9 @@
 
     x[.., K] -> Reshape[-1, K] -> Q -> DQ -> Gemm(., DQ(W int8), DQ(c int32)) -> Reshape[.., N]
 
-No Q follows a Gemm, so the kernel writes float and nothing is rounded twice. Activations are uint8: the x86 kernels are
-u8 x s8, and the runtime leaves int8 activations with several readers in float.
+No Q follows a Gemm, so the kernel writes float and nothing is rounded twice; but for the operands of attention products, which
+are quantized anyway: there the kernel writes codes. Activations are uint8: the x86 kernels are u8 x s8, and the runtime leaves
+int8 activations with several readers in float.
 """
 
 from __future__ import annotations
@@ -17,7 +18,8 @@ from vitq_compiler.graph import Array, Graph, Node, Tensor, producer, readers, v
 from vitq_compiler.lint.onnxruntime import RULES
 from vitq_compiler.quant import Edge, QuantParams
 from vitq_compiler.target import Target
-from vitq_compiler.targets._flat_stream import flatten_stream
+from vitq_compiler.targets._codes import clip_codes
+from vitq_compiler.targets._flat_stream import flatten_stream, merge_reshapes
 
 if TYPE_CHECKING:
     from vitq_compiler.pipeline import Compilation
@@ -29,7 +31,7 @@ class Onnxruntime(Target):
     name = "onnxruntime"
     opset = 23
     ir_version = 10
-    rewrites = "fuse-attention,linearize-patch-embedding"
+    rewrites = "fuse-attention,separate-heads,linearize-patch-embedding"
     lowering = "insert-qdq,legalize"
     integer_kernels = frozenset({"QGemm", "MatMulIntegerToFloat", "QLinearMatMul", "QLinearConv", "DynamicQuantizeMatMul"})
     rules = RULES
@@ -46,7 +48,8 @@ class Onnxruntime(Target):
                 c.warnings.append(f"{linear.name}: {reason}; it stays a MatMul, which is a little slower")
             else:
                 changes += 1
-        return changes + _keep_apart(c.graph) + flatten_stream(c.graph) + _shield_quantizers(c.graph)
+        changes += clip_codes(c.graph) + _keep_apart(c.graph) + flatten_stream(c.graph) + merge_reshapes(c.graph)
+        return changes + _shield_quantizers(c.graph)
 
 
 def _keep_apart(graph: Graph) -> int:
