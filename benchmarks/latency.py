@@ -3,7 +3,8 @@
 All graphs of a model are loaded into one process. After a warm-up, every round runs each of them once, starting with the
 next one each time, so that whatever else the machine does hits all alike. The figure to read is the median over the rounds
 of the ratio to the float run of the same round; the ratio of the fastest runs is beside it, and agrees on a quiet machine.
-The float graph is the raw export, as ONNX Runtime optimizes it with everything on.
+The float graph is the raw export, as ONNX Runtime optimizes it with everything on. Several recipes, ``--recipe w8a8 repq-vit:w4a4``,
+are paired with the first of them too.
 
 Weights are random (see benchmarks/models.py), which latency does not see: nothing here says anything about accuracy.
 """
@@ -27,7 +28,7 @@ Times = dict[str, list[float]]
 
 @dataclass(frozen=True)
 class Ratio:
-    """One graph against the first: its median in milliseconds, the median of paired ratios, and the ratio of minima."""
+    """One graph against another: its median in milliseconds, the median of paired ratios, and the ratio of minima."""
 
     name: str
     median_ms: float
@@ -43,7 +44,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--threads", type=int, default=1, metavar="N", help="of the runtime; 0 for all cores [1]")
     parser.add_argument("--rounds", type=int, default=15, metavar="N", help="timed runs of each graph [15]")
     parser.add_argument("--samples", type=int, default=32, metavar="N", help="calibration samples, built-in pictures [32]")
-    parser.add_argument("--recipe", default="w8a8", help="of vitq [w8a8]")
+    parser.add_argument("--recipe", nargs="+", default=["w8a8"], metavar="NAME[:BITS]", help="of vitq, such as repq-vit:w4a4 [w8a8]")
     parser.add_argument("--seed", type=int, default=0, help="of weights and built-in pictures [0]")
     parser.add_argument("--no-compare", action="store_true", help="leave out the graphs of onnxruntime.quantization")
 
@@ -69,10 +70,14 @@ def measure_model(name: str, exporter: str, options: argparse.Namespace) -> Tabl
         folder = Path(temporary)
         say(f"{name}: export ...")
         model = obtain(name, exporter, folder, options.seed)
-        say(f"{name}: compile ...")
-        compiled = folder / "vitq.onnx"
-        made = compile(model, compiled, recipe=options.recipe, samples=options.samples, preprocess="imagenet", seed=options.seed)
-        graphs = {"float": model, "vitq": compiled}
+        graphs, made = {"float": model}, {}
+        for text in options.recipe:
+            say(f"{name}: compile with {text} ...")
+            recipe, _, bits = text.partition(":")
+            label = "vitq" if len(options.recipe) == 1 else f"vitq {text}"
+            graphs[label] = folder / f"{len(graphs)}.onnx"
+            chosen = {"recipe": recipe, "bits": bits or None, "samples": options.samples, "preprocess": "imagenet", "seed": options.seed}
+            made[label] = compile(model, graphs[label], **chosen)
         if not options.no_compare:
             feeds = calibration_feeds(model, None, "imagenet", options.samples, options.seed)
             graphs |= quantize_all(model, folder, lambda: feeds)
@@ -84,15 +89,22 @@ def measure_model(name: str, exporter: str, options: argparse.Namespace) -> Tabl
             say(f"{name}: batch {batch} ...")
             feed = runtime.probe_feed(inputs, batch)
             runs = {graph: partial(session.run, None, feed) for graph, session in sessions.items()}
-            rows += [(batch, r.name, r.median_ms, r.ratio, r.minima) for r in ratios(time_paired(runs, options.rounds, settle))]
+            times = time_paired(runs, options.rounds, settle)
+            first = {r.name: r.ratio for r in ratios(times, next(iter(made)))}
+            rows += [(batch, r.name, r.median_ms, r.ratio, r.minima, first[r.name]) for r in ratios(times, "float")]
     origin = f"{exporter} export, opset {OPSETS[exporter]}" if not name.endswith(".onnx") else "file"
     threads = f"{options.threads or 'all'} thread{'s' * (options.threads != 1)}"
+    columns = ("batch", "graph", "median ms", "median ratio", "ratio of minima", f"ratio to {next(iter(made))}")
+    several = len(made) > 1
     return Table(
         f"Latency of {Path(name).stem} ({origin}), {threads}, {options.rounds} rounds",
-        ("batch", "graph", "median ms", "median ratio", "ratio of minima"),
-        tuple(rows),
-        (f"vitq: {made.integer} of {len(made.linears)} Linear layers (patch embedding included) run in integer kernels.",),
-        {"median ratio": ".3f", "ratio of minima": ".3f"},
+        columns if several else columns[:-1],
+        tuple(row if several else row[:-1] for row in rows),
+        tuple(
+            f"{label}: {report.integer} of {len(report.linears)} Linear layers (patch embedding included) run in integer kernels."
+            for label, report in made.items()
+        ),
+        dict.fromkeys(columns[3:], ".3f"),
     )
 
 
@@ -123,11 +135,11 @@ def time_paired(runs: Mapping[str, Callable[[], object]], rounds: int, settle: f
     return times
 
 
-def ratios(times: Times) -> list[Ratio]:
-    """Every graph against the first, which leads the list with 1."""
+def ratios(times: Times, to: str) -> list[Ratio]:
+    """Every graph against the graph ``to``."""
     import numpy as np
 
-    base = np.array(next(iter(times.values())))
+    base = np.array(times[to])
     return [
         Ratio(name, float(np.median(own) * 1e3), float(np.median(np.array(own) / base)), float(min(own) / base.min()))
         for name, own in times.items()

@@ -87,9 +87,11 @@ def test_every_round_runs_each_once() -> None:
 
 
 def test_ratios_are_paired() -> None:
-    first, second = latency.ratios({"float": [1.0, 2.0, 4.0], "int": [0.5, 1.0, 1.0]})
+    times = {"float": [1.0, 2.0, 4.0], "int": [0.5, 1.0, 1.0]}
+    first, second = latency.ratios(times, "float")
     assert (first.median_ms, first.ratio, first.minima) == (2000, 1, 1)
     assert (second.name, second.median_ms, second.ratio, second.minima) == ("int", 1000, 0.5, 0.5)
+    assert [r.ratio for r in latency.ratios(times, "int")] == [2, 1]
 
 
 # Tasks
@@ -226,6 +228,17 @@ def test_latency_of_a_tiny_model(tiny: Path, tmp_path: Path, capsys: pytest.Capt
     assert [row[:2] for row in table["rows"]] == [[batch, graph] for batch in (1, 2) for graph in graphs]
     assert all(0 < value < 1000 for row in table["rows"] for value in row[2:])
     assert "13 of 14 Linear layers" in capsys.readouterr().out
+
+
+def test_recipes_are_paired_with_the_first(tiny: Path) -> None:
+    parser = argparse.ArgumentParser()
+    latency.add_options(parser)
+    words = ["--models", str(tiny), "--batches", "1", "--rounds", "3", "--samples", "4", "--recipe", "w8a8", "fq-vit:w3a3", "--no-compare"]
+    (table,) = latency.measure(parser.parse_args(words))
+    assert table.columns[-1] == "ratio to vitq w8a8"
+    assert [row[1] for row in table.rows] == ["float", "vitq w8a8", "vitq fq-vit:w3a3"]
+    assert table.rows[1][-1] == 1
+    assert [note.partition(":")[0] for note in table.notes] == ["vitq w8a8", "vitq fq-vit"]
 
 
 def test_compile_time_of_a_tiny_model(tiny: Path) -> None:

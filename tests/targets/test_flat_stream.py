@@ -12,7 +12,7 @@ from vitq_compiler import runtime
 from vitq_compiler.catalog import pipeline_for
 from vitq_compiler.graph import Graph, producer, readers
 from vitq_compiler.pipeline import Compilation
-from vitq_compiler.targets._flat_stream import flatten_stream
+from vitq_compiler.targets._flat_stream import flatten_stream, merge_reshapes
 
 RANDOM = np.random.default_rng(0)
 WEIGHTS = {
@@ -284,3 +284,17 @@ def test_the_same_numbers_as_rows_and_as_tokens(dialect: Dialect, monkeypatch: p
     assert ops(tokens.graph).count("Reshape") > ops(rows.graph).count("Reshape")
     feed = feed_of(rows.graph)
     assert difference(run_model(tokens.graph, feed), run_model(rows.graph, feed)) == 0
+
+
+@pytest.mark.parametrize(("second", "merged"), [([-1, 5, 2, 4], 1), ([0, 5, 2, 4], 0)], ids=["absolute", "copies a size"])
+def test_two_reshapes_are_one(second: list[int], merged: int) -> None:
+    graph = graph_of(
+        "g (float[N, 8] x) => (float y) { t = Reshape(x, tokens) y = Reshape(t, heads) }",
+        tokens=np.array([-1, 5, 8]),
+        heads=np.array(second),
+    )
+    x = RANDOM.normal(size=(10, 8)).astype(np.float32)
+    before = run_model(graph, {"x": x})
+    assert merge_reshapes(graph) == merged
+    assert ops(graph).count("Reshape") == 2 - merged
+    np.testing.assert_array_equal(before, run_model(graph, {"x": x}))
