@@ -199,6 +199,12 @@ OPTIONS = [
     ),
     Option(
         WHAT,
+        "--storage",
+        type=click.Choice(["container", "native"]),
+        help="Where weights of at most 4 bits lie: native is INT4, half the file at the same speed.  [default: container, int8]",
+    ),
+    Option(
+        WHAT,
         "--float-type",
         type=click.Choice(["fp32", "fp16", "bf16"]),
         help="For target tensorrt: what is not quantized.  [default: fp16, for 8.6 fp32]",

@@ -33,13 +33,16 @@ def pipeline_for(recipe: Recipe, target: Target, passes: str | None = None) -> P
     """The default pipeline of a recipe and a target, or the one written in ``passes``.
 
     Raises:
-        RecipeError: ``passes`` cannot be read, or a pass does not find what it needs.
+        RecipeError: ``passes`` cannot be read, a pass does not find what it needs, or the target cannot store weights so.
     """
+    packing = target.packing if recipe.storage == "native" else ""
+    if recipe.storage == "native" and not packing:
+        raise RecipeError(f"target {target.name} runs no INT4 weights beside quantized activations: leave out --storage native")
     if passes is None:
         chosen = recipe.passes
         for name, others in target.replaces.items():
             chosen = re.sub(rf"(?<![\w-]){name}(\{{[^}}]*\}})?(?![\w-])", others, chosen)
-        passes = ",".join(name for text in (FRONT, target.rewrites, chosen, target.lowering) for name in text.split(",") if name)
+        passes = ",".join(name for text in (FRONT, target.rewrites, chosen, target.lowering, packing) for name in text.split(",") if name)
     return Pipeline.parse(passes, find_pass)
 
 

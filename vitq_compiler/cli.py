@@ -29,7 +29,19 @@ STDOUT = Path("-")
 
 # The options that `compile` takes under the same name.
 SAME_NAMES: tuple[str, ...] = ("recipe", "bits", "definition", "target", "calibration", "samples", "batch_size", "preprocess")
-SAME_NAMES += ("attention", "exclude", "passes", "min_sqnr", "min_agreement", "dump_after", "seed", "threads", "device", "work_dir")
+SAME_NAMES += (
+    "attention",
+    "storage",
+    "exclude",
+    "passes",
+    "min_sqnr",
+    "min_agreement",
+    "dump_after",
+    "seed",
+    "threads",
+    "device",
+    "work_dir",
+)
 SAME_NAMES += ("validate_provider",)
 
 # Those that `diagnose` takes, and those that make no sense beside it, as it writes no graph.
@@ -156,7 +168,7 @@ def _listing(given: dict[str, Any]) -> list[str] | None:
     if given["list_targets"]:
         return list(catalog.list_targets())
     if given["print_pipeline"]:
-        recipe = load_recipe(given["recipe"])
+        recipe = load_recipe(given["recipe"]).stored(given["storage"])
         return [str(catalog.pipeline_for(recipe, catalog.load_target(given["target"], _target_options(given)), given["passes"]))]
     rows = catalog.list_passes() if given["list_passes"] else catalog.list_recipes()
     width = max(len(name) for name, _ in rows)

@@ -45,6 +45,7 @@ def compile(
     target: str = "onnxruntime",
     target_options: Mapping[str, Any] | None = None,
     attention: str | None = None,
+    storage: str | None = None,
     calibration: Path | None = None,
     samples: int = 32,
     batch_size: int = 8,
@@ -73,6 +74,7 @@ def compile(
         target: name of a target.
         target_options: its fields, such as ``version`` and ``float_type`` of tensorrt.
         attention: what the operands of the attention products become, of `recipe.ATTENTION`, instead of the recipe's choice.
+        storage: where weights of at most 4 bits lie: ``container`` (int8) or ``native`` (INT4), instead of the recipe's choice.
         calibration: folder of images, ``.npz`` or ``.npy``; None takes built-in images.
         samples: number of calibration samples.
         batch_size: samples per run, where the model leaves it open.
@@ -99,7 +101,8 @@ def compile(
     began = time.perf_counter()
     model, output = Path(model), Path(output) if output is not None else None
     providers = runtime.providers_of(validate_provider)
-    plan = load_recipe(recipe).with_bits(bits).defined(definition).with_attention(attention).excluding(tuple(exclude))
+    plan = load_recipe(recipe).with_bits(bits).defined(definition).with_attention(attention).stored(storage)
+    plan = plan.excluding(tuple(exclude))
     chosen = load_target(target, target_options)
     pipeline = pipeline_for(plan, chosen, passes)
     if missing := [name for name in dump_after if name not in {p.name for p in pipeline.passes}]:

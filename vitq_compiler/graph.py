@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
+import ml_dtypes
 import numpy as np
 import onnx
 import onnx_graphsurgeon as gs
@@ -26,6 +27,7 @@ Array = NDArray[Any]
 
 SCOPES = "pkg.torch.onnx.name_scopes"
 LARGE_MODEL = 2**30  # bytes of weights from which memory counts for more than time
+PACKED = frozenset(map(np.dtype, (ml_dtypes.int4, ml_dtypes.uint4)))  # two numbers to a byte
 LARGE = 1024  # elements from which a constant counts as a weight rather than as a shape or an axis
 
 
@@ -72,7 +74,14 @@ class Graph:
     def to_proto(self) -> onnx.ModelProto:
         """The graph as a ModelProto, nodes sorted, scopes restored, shapes not inferred."""
         self._gs.toposort()
-        model: onnx.ModelProto = gs.export_onnx(self._gs, do_type_check=False)
+        packed = {t.name: (t, value(t)) for t in self.constants() if np.dtype(t.dtype) in PACKED}
+        try:  # graphsurgeon writes one number to a byte
+            for name, (tensor, array) in packed.items():
+                tensor.values = LazyValues(numpy_helper.from_array(array, name))
+            model: onnx.ModelProto = gs.export_onnx(self._gs, do_type_check=False)
+        finally:
+            for tensor, array in packed.values():
+                tensor.values = array
         model.ir_version = self.ir_version
         model.producer_name = "vitq"
         for node in model.graph.node:
@@ -83,9 +92,10 @@ class Graph:
     def without_weights(self) -> tuple[onnx.ModelProto, dict[str, Array]]:
         """The graph with every large constant declared as external data in memory, and those constants by name.
 
-        Nothing is copied: for sessions and shape inference on graphs whose weights are better not serialized.
+        Nothing is copied: for sessions and shape inference on graphs whose weights are better not serialized. Packed types, of which
+        numpy holds one number to a byte, stay in the graph.
         """
-        large = [t for t in self._gs.tensors().values() if isinstance(t, gs.Constant) and np.prod(t.shape) >= LARGE]
+        large = [t for t in self.constants() if np.prod(t.shape) >= LARGE and np.dtype(t.dtype) not in PACKED]
         weights = {t.name: np.ascontiguousarray(t.values) for t in large}  # a runtime can share nothing else
         try:
             for tensor in large:

@@ -29,6 +29,7 @@ from vitq_compiler.registry import names
 
 Differences = Mapping[str, Any]  # fields of a QuantSpec
 SIDES = ("weight", "activation")
+STORAGES = ("container", "native")
 
 # The operands of the attention products by one word; nothing: they stay in float.
 ATTENTION: Mapping[str, Differences] = {"float": {}, "int8": {"bits": 8, "format": "int"}, "fp8": {"format": "e4m3"}}
@@ -57,6 +58,7 @@ class Recipe:
             and the head too; the image has 8 bits), ``deploy`` (patch embedding and head at 8 bits), or empty where the recipe
             says it itself.
         exclude: regular expressions; a Linear or Conv whose name one of them finds stays in float.
+        storage: where weights of few bits lie: in the int8 ``container``, or ``native`` in a type of their own, of `STORAGES`.
     """
 
     name: str
@@ -69,6 +71,7 @@ class Recipe:
     attention: Mapping[str, Differences] = field(default_factory=dict)
     definition: str = ""
     exclude: tuple[str, ...] = ()
+    storage: str = "container"
 
     @property
     def bits(self) -> str:
@@ -123,6 +126,18 @@ class Recipe:
         if definition not in DEFINITIONS:
             raise RecipeError(f"definition {definition!r} is unknown: known are {', '.join(DEFINITIONS)}")
         return replace(self, definition=definition, float_roles=())
+
+    def stored(self, storage: str | None) -> Recipe:
+        """The same recipe with weights stored as one of `STORAGES` says; None changes nothing.
+
+        Raises:
+            RecipeError: ``storage`` is none of them.
+        """
+        if storage is None:
+            return self
+        if storage not in STORAGES:
+            raise RecipeError(f"storage {storage!r} is unknown: known are {', '.join(STORAGES)}")
+        return replace(self, storage=storage)
 
     def _differences(self, role: str, side: str) -> dict[str, Any]:
         sources = (self.roles, DEFINITIONS.get(self.definition, {}))
@@ -179,14 +194,15 @@ def parse_recipe(name: str, table: dict[str, Any]) -> Recipe:
     return Recipe(
         name=name,
         description=str(table["description"]),
-        **specs,
+        weight=specs["weight"],
+        activation=specs["activation"],
         passes=str(table["passes"]),
         float_roles=float_roles,
         roles=_roles(name, specs, table.get("roles", {})),
         attention=_attention(name, specs["activation"], table.get("attention", {})),
         definition=definition,
         exclude=_strings(name, "exclude", table.get("exclude", [])),
-    )
+    ).stored(table.get("storage"))
 
 
 def _roles(name: str, specs: dict[str, QuantSpec], table: Any) -> dict[str, dict[str, Differences]]:

@@ -31,6 +31,7 @@ class Target(ABC):
         integer_kernels: op types of the runtime's optimized graph that compute on integers.
         runs_here: whether onnxruntime on this machine is what the graph is for; only then do its kernels and timings count.
         attention_choices: those of `recipe.ATTENTION` between which the user has to weigh speed and accuracy; the report prices each.
+        packing: pass that stores weights of few bits in a type of their own; empty where the target runs no such weights.
         replaces: pass of a recipe -> the passes that take its place (or none), where another way suits the target better.
     """
 
@@ -44,6 +45,7 @@ class Target(ABC):
     integer_kernels: ClassVar[frozenset[str]]
     runs_here: ClassVar[bool] = True
     attention_choices: ClassVar[tuple[str, ...]] = ()
+    packing: ClassVar[str] = ""
     replaces: ClassVar[Mapping[str, str]] = {}
 
     def fit(self, spec: QuantSpec) -> QuantSpec:

@@ -33,6 +33,7 @@ class Onnxruntime(Target):
     ir_version = 10
     rewrites = "fuse-attention,separate-heads,linearize-patch-embedding"
     lowering = "insert-qdq,legalize"
+    packing = "pack-weights"
     integer_kernels = frozenset({"QGemm", "MatMulIntegerToFloat", "QLinearMatMul", "QLinearConv", "DynamicQuantizeMatMul"})
     rules = RULES
 
