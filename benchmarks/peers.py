@@ -1,20 +1,28 @@
-"""The quantizers of ``onnxruntime.quantization``, as a user would call them after reading their documentation or their source.
+"""Other quantizers, as a user would call them after reading their documentation or their source.
+
+Those of ``onnxruntime.quantization``:
 
 static    QDQ, uint8 activations, int8 weights per channel; everything else as it comes
 tuned     the same for MatMul and Gemm only, and none of their outputs quantized: the fastest setting known to us
 s8s8      for TensorRT: everything int8 and symmetric, float biases, weights with a QuantizeLinear of their own
 dynamic   int8 weights per channel; activations get their range at run time
 
-All of them get the graph after ``quant_pre_process``, and the calibration images that vitq gets.
+They get the graph after ``quant_pre_process``. NVIDIA ModelOpt (``modelopt``), where it is installed, gets the exported one, and its
+defaults: int8, entropy calibration, fp16. All calibrate on the images that vitq gets.
 """
 
 from __future__ import annotations
 
+import importlib.util
 import logging
+import shutil
+import subprocess
+import sys
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from onnxruntime.quantization import CalibrationDataReader, QuantType, quantize_dynamic, quantize_static
 from onnxruntime.quantization.shape_inference import quant_pre_process
 
@@ -77,15 +85,35 @@ def quantize_as(activation: str, prepared: Path, output: Path, feeds: Iterable[F
     return output
 
 
+def quantize_with_modelopt(model: Path, output: Path, feeds: Iterable[Feed]) -> Path:
+    """``python -m modelopt.onnx.quantization`` with its defaults, on a copy: it writes into the file it is given."""
+    batches = list(feeds)
+    arrays: dict[str, Any] = {name: np.concatenate([feed[name] for feed in batches]) for name in batches[0]}
+    data, copy = output.with_suffix(".npz"), output.with_name(f"{output.stem}_input.onnx")
+    np.savez(data, **arrays)
+    shutil.copy(model, copy)
+    paths = {"onnx_path": copy, "calibration_data_path": data, "output_path": output}
+    words = [word for name, path in paths.items() for word in (f"--{name}", str(path))]
+    command = [sys.executable, "-m", "modelopt.onnx.quantization", *words, "--quantize_mode", "int8", "--calibration_eps", "cpu"]
+    done = subprocess.run(command, check=False, capture_output=True, text=True)
+    if done.returncode or not output.is_file():
+        raise RuntimeError((done.stderr.strip().splitlines() or ["it wrote nothing"])[-1])
+    return output
+
+
 def quantize_all(model: Path, folder: Path, feeds: Callable[[], Iterable[Feed]], kinds: Iterable[str] = PEERS) -> dict[str, Path]:
     """Name of a row -> graph, for each of ``kinds``; what fails is said and left out."""
     logging.getLogger().setLevel(logging.ERROR)  # its advice is for people who call it by hand
     prepared = prepare(model, folder / "prepared.onnx")
     graphs: dict[str, Path] = {}
     for kind in kinds:
-        say(f"onnxruntime {kind} ...")
+        name, path = "ModelOpt" if kind == "modelopt" else f"onnxruntime {kind}", folder / f"{kind}.onnx"
+        if kind == "modelopt" and importlib.util.find_spec("modelopt") is None:
+            say("ModelOpt is not installed, and left out: pip install nvidia-modelopt[onnx]")
+            continue
+        say(f"{name} ...")
         try:
-            graphs[f"onnxruntime {kind}"] = quantize(kind, prepared, folder / f"{kind}.onnx", feeds())
+            graphs[name] = quantize_with_modelopt(model, path, feeds()) if kind == "modelopt" else quantize(kind, prepared, path, feeds())
         except Exception as error:
-            say(f"onnxruntime {kind} failed: {type(error).__name__}: {str(error).splitlines()[0]}")
+            say(f"{name} failed: {type(error).__name__}: {str(error).splitlines()[0]}")
     return graphs

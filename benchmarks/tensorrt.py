@@ -1,12 +1,15 @@
-"""What NVIDIA's compiler (TensorRT-RTX, on the CPU) makes of graphs for TensorRT.
+"""What NVIDIA's compiler (TensorRT-RTX, on the CPU) and the rules of ``--check`` make of graphs for TensorRT.
 
 attention   fused attention kernels, of the attention blocks there are
 int8        matrix products of which both operands are int8, of all products
+unscaled    products that are written in half precision before the scales of their channels are multiplied (see docs/tensorrt.md)
 other       all other kernels
 engine      size of the engine
+findings    errors (and what means something else), and warnings, of ``--check``
 
 fp16 is the exported model in half precision; vitq its graph for target tensorrt; s8s8 the same from onnxruntime.quantization, with
-the options that TensorRT needs. Calibration is on built-in pictures: nothing here depends on numbers. Kernels are not timed.
+the options that TensorRT needs; ModelOpt that of NVIDIA's quantizer. Calibration is on built-in pictures: nothing here depends on
+numbers. Kernels are not timed.
 """
 
 from __future__ import annotations
@@ -28,7 +31,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model", nargs="+", default=list(NAMES), metavar="NAME", help=f"{', '.join(TIMM)}, or ONNX files [{NAMES}]")
     parser.add_argument("--exporter", nargs="+", default=["dynamo", "torchscript"], choices=["dynamo", "torchscript"], help="[both]")
     parser.add_argument("--compute-capability", nargs="+", default=["8.0", "8.9"], metavar="X.Y", help="of the GPU [8.0 8.9]")
-    parser.add_argument("--peers", action="store_true", help="compile the graph of onnxruntime.quantization too")
+    parser.add_argument("--peers", action="store_true", help="the graphs of onnxruntime.quantization and ModelOpt too")
     parser.add_argument("--seed", type=int, default=0, help="of random weights and pictures [0]")
 
 
@@ -43,8 +46,9 @@ def measure(options: argparse.Namespace) -> list[Table]:
                 model = obtain(name, exporter, folder, options.seed)
                 for graph, path, attentions in make_graphs(model, folder, options):
                     rows += [(Path(name).stem, exporter, graph, *row) for row in verdicts(path, attentions, options.compute_capability)]
-    columns = ("model", "exporter", "graph", "GPU", "attention fused", "int8 products", "other kernels", "all kernels", "engine, MB")
-    return [Table("Graphs for TensorRT through NVIDIA's compiler", columns, tuple(rows))]
+    columns = ("model", "exporter", "graph", "GPU", "attention fused", "int8 products", "unscaled", "other kernels", "all kernels")
+    columns += ("engine, MB", "errors", "warnings")
+    return [Table("Graphs for TensorRT through NVIDIA's compiler", columns, tuple(rows), formats={"engine, MB": ".1f"})]
 
 
 def make_graphs(model: Path, folder: Path, options: argparse.Namespace) -> list[tuple[str, Path, int]]:
@@ -58,7 +62,7 @@ def make_graphs(model: Path, folder: Path, options: argparse.Namespace) -> list[
     graphs = {"fp16": halve(model, folder / "fp16.onnx"), "vitq": folder / "vitq.onnx"}
     if options.peers:
         feeds = calibration_feeds(model, None, "imagenet", SAMPLES, options.seed)
-        graphs |= quantize_all(model, folder, lambda: feeds, ["s8s8"])
+        graphs |= quantize_all(model, folder, lambda: feeds, ["s8s8", "modelopt"])
     return [(name, path, attentions) for name, path in graphs.items()]
 
 
@@ -86,17 +90,23 @@ def halve(model: Path, output: Path) -> Path:
 
 
 def verdicts(path: Path, attentions: int, capabilities: list[str]) -> list[tuple[Any, ...]]:
-    """A row for each GPU."""
-    from vitq_compiler.judge import judge
+    """A row for each GPU; those that do not differ are one."""
+    from vitq_compiler.check import check
+    from vitq_compiler.lint.rule import WARNING
 
-    rows: list[tuple[Any, ...]] = []
+    rows: dict[tuple[Any, ...], list[str]] = {}
     for capability in capabilities:
-        found = judge(path, capability)
-        if not found.built:
+        report = check(path, "tensorrt", compute_capability=float(capability), with_judge=True)
+        found = report.verdict
+        if found is None:
+            raise SystemExit(report.hint)
+        counts = sum(f.severity.fails for f in report.findings), sum(f.severity is WARNING for f in report.findings)
+        if found.built:
+            products = f"{found.integer} of {sum(found.products.values())}"
+            kernels = (products, found.unscaled, found.others, found.kernels, round(found.engine_bytes / 1e6, 1))
+            row: tuple[Any, ...] = (f"{found.fused} of {attentions}", *kernels, *counts)
+        else:
             say(f"{path.name}: {'; '.join(found.errors)}")
-            rows.append((capability, "refused" if not found.parsed else "not built", None, None, None, None))
-            continue
-        products = sum(found.products.values())
-        fused, integer = f"{found.fused} of {attentions}", f"{found.integer} of {products}"
-        rows.append((capability, fused, integer, found.others, found.kernels, found.engine_bytes / 1e6))
-    return rows
+            row = ("refused" if not found.parsed else "not built", None, None, None, None, None, *counts)
+        rows.setdefault(row, []).append(capability)
+    return [(", ".join(names), *row) for row, names in rows.items()]

@@ -7,6 +7,8 @@ one number per channel only behind it. In half precision TensorRT-RTX 1.7 then w
 before it multiplies them by s, itself a number below the normal halves: whatever exceeds 65504 is lost, which sums of thousands
 of codes do. Behind x DQ(W, S) comes out what is of the size of the result. Kernels stay as many: the multiplication by s
 was there already. Codes do not change, and S is a power of two: in float32 both forms compute the same numbers.
+
+A convolution, which that compiler writes in float32 where it has a scale for each channel, is treated alike; its bias goes behind.
 """
 
 from __future__ import annotations
@@ -18,6 +20,7 @@ import numpy as np
 from vitq_compiler.graph import Graph, Node, Tensor, is_constant, producer, readers, value
 from vitq_compiler.pipeline import Compilation, Fact, Pass
 
+CHANNEL_AXES = {"MatMul": (1, -1), "Conv": (0,)}  # of the output, in the weight
 NORMAL = (2.0**-14, 2.0**15)  # powers of two that are normal halves
 
 
@@ -41,9 +44,10 @@ class SplitWeightScales(Pass):
 
 def _is_product(node: Node, dequantize: Node) -> bool:
     """Whether ``node`` multiplies codes by codes, those of ``dequantize`` with a scale for each of its output channels."""
+    if node.op not in CHANNEL_AXES or node.inputs[1] is not dequantize.outputs[0]:
+        return False
     other = producer(node.inputs[0])
-    by_column = dequantize.attrs.get("axis", 1) in (-1, 1) and node.op == "MatMul" and node.inputs[1] is dequantize.outputs[0]
-    return by_column and other is not None and other.op == "DequantizeLinear"
+    return other is not None and other.op == "DequantizeLinear" and dequantize.attrs.get("axis", 1) in CHANNEL_AXES[node.op]
 
 
 def _split(graph: Graph, dequantize: Node, products: list[Node]) -> None:
@@ -53,13 +57,18 @@ def _split(graph: Graph, dequantize: Node, products: list[Node]) -> None:
     dequantize.inputs[1] = graph.constant(f"{codes}/common_scale", np.asarray(common, np.float32))
     dequantize.inputs[2] = graph.constant(f"{codes}/common_zero_point", np.zeros((), zero_point.dtype))
     dequantize.attrs.pop("axis", None)
-    ratio = graph.constant(f"{codes}/ratio", (scale / common).astype(np.float32))
     for node in products:
-        _multiply(graph, node, ratio)
+        shape = [-1, *[1] * (len(dequantize.inputs[0].shape) - 2)] if node.op == "Conv" else [-1]
+        ratio = (scale / common).astype(np.float32).reshape(shape)
+        result = _append(graph, node.outputs[0], "Mul", graph.constant(f"{codes}/ratio", ratio))
+        if node.op == "Conv" and len(node.inputs) > 2:
+            bias = node.inputs.pop()
+            _append(graph, result, "Add", graph.constant(f"{bias.name}/behind", value(bias).reshape(shape)))
 
 
-def _multiply(graph: Graph, node: Node, ratio: Tensor) -> None:
-    product = node.outputs[0]
-    rescaled = graph.insert("Mul", [product, ratio], name=f"{node.name}/rescaled", like=product)
-    multiplication = producer(rescaled)
-    graph.replace(product, rescaled, only=lambda reader: reader is not multiplication)
+def _append(graph: Graph, tensor: Tensor, op: str, constant: Tensor) -> Tensor:
+    """Let all readers of ``tensor`` read op(tensor, constant)."""
+    result = graph.insert(op, [tensor, constant], name=f"{tensor.name}/{op.lower()}", like=tensor)
+    node = producer(result)
+    graph.replace(tensor, result, only=lambda reader: reader is not node)
+    return result

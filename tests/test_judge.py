@@ -85,7 +85,7 @@ def test_a_compiled_model_runs_in_integers(attention: str, types: str, capabilit
     verdict = judge(tmp_path / "out.onnx", capability)
     assert verdict.built, verdict.errors
     assert verdict.attention == {types: 2}
-    assert verdict.products["Int8 x Int8->Half"] == 2 * 4
+    assert verdict.products["Int8 x Int8->Half"] == 2 * 4 + 1, "two blocks and the patch embedding"
     assert verdict.compiler.startswith("TensorRT-RTX ")
     assert verdict.unscaled == 0
 
@@ -115,7 +115,7 @@ def test_8_bit_float_attention_between_integer_products(tmp_path: Path) -> None:
     compile(path, tmp_path / "out.onnx", target="tensorrt", attention="fp8", threads=1, samples=4)
     verdict = judge(tmp_path / "out.onnx", "8.9")
     assert verdict.attention == {"FP8/FP8/FP8->Half": 2}
-    assert verdict.products["Int8 x Int8->Half"] == 2 * 4
+    assert verdict.products["Int8 x Int8->Half"] == 2 * 4 + 1, "two blocks and the patch embedding"
 
 
 @installed

@@ -92,6 +92,19 @@ def test_what_is_left_alone(text: str, head: str) -> None:
     assert ops(graph) == before
 
 
+@pytest.mark.parametrize("bias", [False, True])
+def test_a_convolution(bias: bool) -> None:
+    text = f"{ACTIVATION} dk = DequantizeLinear <axis = 0> (k, sn, zn) y = Conv <strides = [2, 2]> (d, dk{', b' if bias else ''})"
+    kernel = RANDOM.integers(-127, 128, (48, 3, 2, 2)).astype(np.int8)
+    graph = graph_of(f"g (float[B, 3, 4, 4] x) => (float y) {{ {text} }}", **NUMBERS, k=kernel)
+    feed = {"x": RANDOM.normal(size=(2, 3, 4, 4)).astype(np.float32)}
+    before = run_model(graph, feed)[0]
+    assert split(graph) == 1
+    graph.clean()
+    assert ops(graph)[3:] == ["Conv", "Mul", "Add"] if bias else ["Conv", "Mul"]
+    np.testing.assert_allclose(run_model(graph, feed)[0], before, rtol=2e-6, atol=2e-6)
+
+
 def test_a_weight_of_two_products() -> None:
     graph = linear(f"{ACTIVATION} {WEIGHT} m = MatMul(d, dw) n = MatMul(d, dw) y = Add(m, n)")
     feed = {"x": RANDOM.normal(size=(2, 5, 64)).astype(np.float32)}
@@ -123,5 +136,5 @@ def test_in_the_pipeline_of_half_precision(target: Tensorrt, splits: bool, recip
     assert ("split-weight-scales" in str(pipeline_for(plan, target))) == splits
     c = compilation(vit(Sizes(depth=1, width=32, heads=2, hidden=48), Dialect()), target=target, recipe=plan)
     counts = run_passes(c, str(pipeline_for(plan, target)))
-    assert counts.get("split-weight-scales", 4) == 4, "qkv, proj, fc1, fc2"
+    assert counts.get("split-weight-scales", splits) == (4 + (recipe == "w8a8")) * splits, "qkv, proj, fc1, fc2, and the patch embedding"
     assert np.isfinite(run_model(c.graph, feed_of(c.graph))[0]).all()
