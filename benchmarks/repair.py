@@ -40,7 +40,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--seed", type=int, default=0, help="of the choice of samples [0]")
     parser.add_argument("--threads", type=int, default=1, metavar="N", help="of the runtime and of torch [1]")
     parser.add_argument("--work-dir", type=Path, metavar="DIR", help="of the compiles: activations, and training to go on from")
-    parser.add_argument("--last", action="store_true", help="measure only the whole pipeline")
+    parser.add_argument("--last", type=int, metavar="N", help="measure only the N longest pipelines [all]")
 
 
 def steps(passes: str) -> list[str]:
@@ -77,7 +77,7 @@ def _table(name: str, bits: str | None, options: argparse.Namespace) -> Table:
         write_calibration(task, train, floating.get_inputs()[0].name, options.samples, options.seed, source)
         pipelines = steps(",".join(filter(None, (recipe.passes, options.also))))
         for number, passes in enumerate(pipelines):
-            if options.last and number + 1 < len(pipelines):
+            if options.last and number + options.last < len(pipelines):
                 continue
             label = "+ " + passes.rpartition(",")[2] if number else "without repair"
             say(f"{name}: {label} ...")
