@@ -22,7 +22,7 @@ from pathlib import Path
 
 from vitq_compiler.errors import DataError
 from vitq_compiler.pipeline import Compilation, Fact, Pass
-from vitq_compiler.prefix import Inputs, Store, walk
+from vitq_compiler.prefix import Store, walk
 from vitq_compiler.repair import quantized_part, reference, repairable
 from vitq_compiler.torch_graph import require_torch
 from vitq_compiler.training.loop import Schedule, pick_device, train
@@ -75,7 +75,7 @@ class ReconstructBlocks(Pass):
         )
         helped = 0
         for index, (window, (_, inputs)) in enumerate(zip(windows, walked, strict=True)):
-            if inputs.count < 2:
+            if inputs.count < 2 * c.data.copies:
                 raise DataError(f"pass {self.name} holds samples back: give more of them, or a smaller --batch-size")
             with _stores(c) as (ends, weights), _threads(c.threads):
                 learned = learn(c, window, self.round, device)
@@ -83,7 +83,7 @@ class ReconstructBlocks(Pass):
                 before, after = train(
                     learned,
                     objective,
-                    *_split(inputs),
+                    *_split(inputs.count, c.data.copies),
                     Schedule(self.steps, self.code_rate, self.scale_rate, self.bias_rate, self.drop, seed=index),
                     checkpoint=self._checkpoint(c, learned.fingerprint(self, index, inputs.count)),
                     advance=partial(_advance, c, index, len(windows)),
@@ -103,11 +103,11 @@ def _advance(c: Compilation, index: int, windows: int, done: int, steps: int) ->
     c.progress("training", index * steps + done, windows * steps)
 
 
-def _split(inputs: Inputs) -> tuple[list[int], list[int]]:
-    """Numbers of the batches to train on, and of those held back."""
-    batches = range(inputs.count)
-    held_back = [b for b in batches if b % HELD_BACK == HELD_BACK - 1] or [batches[-1]]
-    return [b for b in batches if b not in held_back], held_back
+def _split(count: int, copies: int) -> tuple[list[int], list[int]]:
+    """Numbers of the batches to train on, and of those held back; what has ``copies`` is held back with all of them."""
+    last = count // copies - 1
+    held_back = [b for b in range(count) if b // copies % HELD_BACK == HELD_BACK - 1 or b // copies == last < HELD_BACK - 1]
+    return [b for b in range(count) if b not in held_back], held_back
 
 
 def _name(window: Window) -> str:

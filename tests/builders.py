@@ -109,6 +109,7 @@ class Batches:
     spread: float = 1.0
     warnings: tuple[str, ...] = ()
     synthetic: bool = False
+    copies: int = 1
     validation_count: int = 0
 
     @property

@@ -169,3 +169,12 @@ def test_the_two_definitions() -> None:
     assert recipe.defined(None) is recipe
     with pytest.raises(RecipeError, match="definition 'paper' is unknown"):
         recipe.defined("paper")
+
+
+def test_a_recipe_says_how_many_samples_it_is_made_for() -> None:
+    table = {"description": "mine", "weight": {}, "activation": {}, "passes": "calibrate"}
+    assert parse_recipe("mine", table).samples == 32
+    assert parse_recipe("mine", table | {"samples": 512}).samples == 512
+    for wrong in (0, "many", True, 2.5):
+        with pytest.raises(RecipeError, match=r"recipe mine: samples is .*, it must be a whole number from 1"):
+            parse_recipe("mine", table | {"samples": wrong})

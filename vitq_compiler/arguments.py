@@ -145,7 +145,20 @@ OPTIONS = [
     Option(OUTPUT, "-v", "--verbose", **FLAG, help="Print every pass, layer and note too, and the traceback of a bug."),
     Option(DATA, "--calibration", type=PATH, metavar="PATH", help="Folder of pictures, or .npz or .npy.  [default: built-in pictures]"),
     Option(
-        DATA, "--samples", type=COUNT, default=32, **SHOWN, metavar="N", help="Samples that calibrate; others are kept back to validate."
+        DATA,
+        "--samples",
+        type=COUNT,
+        metavar="N",
+        help="Samples that calibrate; others are kept back to validate.  [default: the recipe's, 32 without training]",
+    ),
+    Option(
+        DATA,
+        "--augment",
+        type=NATURAL,
+        default=0,
+        **SHOWN,
+        metavar="N",
+        help="Calibrate on N altered copies of each picture too, mirrored and moved; not for text or signs.",
     ),
     Option(DATA, "--batch-size", type=COUNT, default=8, **SHOWN, metavar="N", help="Samples per run, where the model leaves it open."),
     Option(

@@ -42,11 +42,11 @@ SAME_NAMES += (
     "device",
     "work_dir",
 )
-SAME_NAMES += ("validate_provider",)
+SAME_NAMES += ("validate_provider", "augment")
 
 # Those that `diagnose` takes, and those that make no sense beside it, as it writes no graph.
 DIAGNOSE_NAMES: tuple[str, ...] = ("recipe", "bits", "definition", "target", "attention", "calibration", "samples", "batch_size")
-DIAGNOSE_NAMES += ("preprocess", "exclude", "seed", "threads")
+DIAGNOSE_NAMES += ("augment", "preprocess", "exclude", "seed", "threads")
 COMPILE_ONLY = ("inspect", "check", "output", "explain", "passes", "dump_after", "min_sqnr", "min_agreement", "no_output_on_failure")
 
 # Those that are fields of a target.

@@ -47,7 +47,8 @@ def compile(
     attention: str | None = None,
     storage: str | None = None,
     calibration: Path | None = None,
-    samples: int = 32,
+    samples: int | None = None,
+    augment: int = 0,
     batch_size: int = 8,
     preprocess: str | None = None,
     exclude: Sequence[str] = (),
@@ -76,7 +77,8 @@ def compile(
         attention: what the operands of the attention products become, of `recipe.ATTENTION`, instead of the recipe's choice.
         storage: where weights of at most 4 bits lie: ``container`` (int8) or ``native`` (INT4), instead of the recipe's choice.
         calibration: folder of images, ``.npz`` or ``.npy``; None takes built-in images.
-        samples: number of calibration samples.
+        samples: number of calibration samples; None takes what the recipe is made for.
+        augment: altered copies of each calibration picture to calibrate on too.
         batch_size: samples per run, where the model leaves it open.
         preprocess: see `preprocess.resolve`.
         exclude: regular expressions; matching Linear layers stay in float.
@@ -128,8 +130,9 @@ def compile(
         calibration,
         graph.inputs,
         resolve(preprocess, model),
-        samples=samples,
-        validation_samples=max(16, samples // 2),
+        samples=samples or plan.samples,
+        augment=augment,
+        validation_samples=max(16, (samples or plan.samples) // 2),
         batch_size=batch_size,
         seed=seed,
         ids=id_limits(graph),

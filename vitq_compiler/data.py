@@ -22,6 +22,7 @@ from numpy.typing import NDArray
 from PIL import Image, UnidentifiedImageError
 
 from vitq_compiler.arrays import load_arrays, read_array
+from vitq_compiler.augmentation import altered
 from vitq_compiler.builtin_images import dead_leaves
 from vitq_compiler.errors import DataError
 from vitq_compiler.preprocess import Preprocess
@@ -63,6 +64,7 @@ class Data:
     _calibration: Callable[[], Iterator[Feed]] = field(repr=False)
     _validation: Callable[[], Iterator[Feed]] = field(repr=False)
     synthetic: bool = False  # whether the calibration samples are built-in images
+    copies: int = 1  # batches that show the same samples, each altered, one after the other
 
     def calibration(self) -> Iterator[Feed]:
         """Batches by input name, ``calibration_count`` samples in total; every call starts afresh with the same data."""
@@ -83,6 +85,7 @@ def open_data(
     batch_size: int = 8,
     seed: int = 0,
     ids: Mapping[str, int] | None = None,
+    augment: int = 0,
 ) -> Data:
     """Open calibration data.
 
@@ -97,12 +100,13 @@ def open_data(
         validation_samples: to validate on, at least 0.
         batch_size: samples in a batch, at least 1.
         seed: of the choice of samples, and of built-in images.
+        augment: altered copies of each picture to calibrate on too, see `augmentation`.
         ids: inputs that random integers will do for: name -> how many numbers from 0 there are to draw from; 0 gives ones.
 
     Raises:
         DataError: there is nothing usable in ``source``, or it does not fit the inputs.
     """
-    if samples < 1 or validation_samples < 0 or batch_size < 1 or seed < 0 or not inputs:
+    if samples < 1 or validation_samples < 0 or batch_size < 1 or seed < 0 or augment < 0 or not inputs:
         numbers = f"{len(inputs)} inputs, samples={samples}, validation_samples={validation_samples}, batch_size={batch_size}, seed={seed}"
         raise DataError(f"calibration: {numbers}; give a model with inputs, samples and batches of at least 1, and nothing negative")
     inputs = [_plain(spec) for spec in inputs]
@@ -134,17 +138,31 @@ def open_data(
     if samples % unit or validation_samples % unit:
         drawn = f"{len(used)} samples calibrate ({samples} asked for) and {len(unseen)} validate ({validation_samples} asked for)"
         notes.append(f"the model's batch is fixed at {unit}: {drawn}")
+    pictures = {spec.name: (2, 3) if axis == 1 else (1, 2) for spec in inputs if (axis := _channel_axis(spec))}
+    if augment and not pictures:
+        raise DataError(f"{augment} altered copies are asked for, and the model takes no pictures: leave them out")
+    changes = [f"{augment} altered copies of each"] if augment else []
+    changes += [f"{len(skipped)} skipped"] if skipped else []
     return Data(
-        f"{len(used)} {pool.label}" + (f" ({len(skipped)} skipped)" if skipped else ""),
+        f"{len(used)} {pool.label}" + (f" ({', '.join(changes)})" if changes else ""),
         notes,
         skipped,
         preprocess if any(isinstance(read, _PictureReader) for read in (*pool.readers.values(), *other.readers.values())) else None,
-        len(used),
+        len(used) * (augment + 1),
         len(unseen),
-        partial(_batches, pool.readers, used, batch_size),
+        partial(_augmented, partial(_batches, pool.readers, used, batch_size), pictures, augment, seed),
         partial(_batches, other.readers, unseen, batch_size),
         synthetic=source is None,
+        copies=augment + 1,
     )
+
+
+def _augmented(batches: Callable[[], Iterator[Feed]], pictures: Mapping[str, tuple[int, int]], copies: int, seed: int) -> Iterator[Feed]:
+    """Each batch, and after it its altered copies."""
+    for number, feed in enumerate(batches()):
+        yield feed
+        for copy in range(copies):
+            yield altered(feed, pictures, (seed, number, copy))
 
 
 def _batches(readers: dict[str, Reader], indices: list[int], batch_size: int) -> Iterator[Feed]:

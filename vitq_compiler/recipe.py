@@ -59,6 +59,7 @@ class Recipe:
             says it itself.
         exclude: regular expressions; a Linear or Conv whose name one of them finds stays in float.
         storage: where weights of few bits lie: in the int8 ``container``, or ``native`` in a type of their own, of `STORAGES`.
+        samples: how many calibration samples it is made for.
     """
 
     name: str
@@ -72,6 +73,7 @@ class Recipe:
     definition: str = ""
     exclude: tuple[str, ...] = ()
     storage: str = "container"
+    samples: int = 32
 
     @property
     def bits(self) -> str:
@@ -190,6 +192,9 @@ def parse_recipe(name: str, table: dict[str, Any]) -> Recipe:
     definition = table.get("definition", "")
     if definition not in ("", *DEFINITIONS):
         raise RecipeError(f"recipe {name}: definition {definition!r} is unknown, known are {', '.join(DEFINITIONS)}")
+    samples = table.get("samples", Recipe.samples)
+    if type(samples) is not int or samples < 1:
+        raise RecipeError(f"recipe {name}: samples is {samples!r}, it must be a whole number from 1")
     specs = {side: _spec(name, side, table[side]) for side in SIDES}
     return Recipe(
         name=name,
@@ -202,6 +207,7 @@ def parse_recipe(name: str, table: dict[str, Any]) -> Recipe:
         attention=_attention(name, specs["activation"], table.get("attention", {})),
         definition=definition,
         exclude=_strings(name, "exclude", table.get("exclude", [])),
+        samples=samples,
     ).stored(table.get("storage"))
 
 

@@ -40,7 +40,7 @@ LAYERS = (
     ("quantizer",),
     ("branches", "builtin_images", "contrib", "model_io", "pattern", "pipeline", "precision", "registry"),
     ("runtime",),
-    ("arrays", "graph", "judge", "metrics", "orthogonal", "outliers", "preprocess", "progress", "quant"),
+    ("arrays", "augmentation", "graph", "judge", "metrics", "orthogonal", "outliers", "preprocess", "progress", "quant"),
     ("errors", "recipes", "text"),
 )
 HEIGHT = {module: len(LAYERS) - row for row, layer in enumerate(LAYERS) for module in layer}

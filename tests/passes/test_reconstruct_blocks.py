@@ -10,6 +10,7 @@ from tests.builders import Batches, Sizes, compilation, feed_of, find_pass, run_
 from vitq_compiler.errors import DataError, RecipeError
 from vitq_compiler.graph import is_constant, value
 from vitq_compiler.metrics import sqnr
+from vitq_compiler.passes import reconstruct_blocks
 from vitq_compiler.pipeline import Compilation
 from vitq_compiler.qdq import simulate
 from vitq_compiler.quant import Edge, quantize
@@ -201,6 +202,15 @@ def test_a_loss_of_answers_needs_a_head() -> None:
 def test_a_single_batch_is_refused() -> None:
     with pytest.raises(DataError, match="reconstruct-blocks holds samples back: give more of them, or a smaller --batch-size"):
         find_pass("reconstruct-blocks")().run(prepared(batches=1))
+
+
+@pytest.mark.parametrize("copies", [1, 3])
+@pytest.mark.parametrize("samples", [2, 7, 20])
+def test_what_is_held_back_is_held_back_with_its_copies(samples: int, copies: int) -> None:
+    fitted, held_back = reconstruct_blocks._split(samples * copies, copies)
+    assert sorted(fitted + held_back) == list(range(samples * copies))
+    assert not {b // copies for b in fitted} & {b // copies for b in held_back}
+    assert len(held_back) == max(1, samples // 8) * copies
 
 
 @pytest.mark.parametrize("options", [{"steps": 0}, {"drop": 1.0}, {"local": -1.0}, {"code_rate": float("nan")}, dict.fromkeys(RATES, 0.0)])
