@@ -19,7 +19,7 @@ help: ## this list
 setup: $(STAMP) ## create the virtual environment (quick when nothing changed)
 	@:
 
-setup-torch: $(TORCH_STAMP) ## add torch and transformers: training, export, and the tests of the exporters
+setup-torch: $(TORCH_STAMP) ## add torch, transformers and matplotlib: training, export, pictures, and their tests
 	@:
 
 $(STAMP): pyproject.toml constraints.txt
@@ -29,7 +29,7 @@ $(STAMP): pyproject.toml constraints.txt
 	@touch $@
 
 $(TORCH_STAMP): $(STAMP)
-	$(BIN)/python -m pip install -q -c constraints.txt -e '.[dev,torch,zoo]'
+	$(BIN)/python -m pip install -q -c constraints.txt -e '.[dev,torch,zoo,plots]'
 	@touch $@
 
 test: setup ## the default tests

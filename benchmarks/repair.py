@@ -75,7 +75,7 @@ def _table(name: str, bits: str | None, options: argparse.Namespace) -> Table:
     with tempfile.TemporaryDirectory() as temporary:
         source, output = Path(temporary) / "calibration.npz", Path(temporary) / "vitq.onnx"
         write_calibration(task, train, floating.get_inputs()[0].name, options.samples, options.seed, source)
-        pipelines = steps(",".join(filter(None, (recipe.passes, options.also))))
+        pipelines = steps(",".join(filter(None, (recipe.with_bits(bits).pipeline, options.also))))
         for number, passes in enumerate(pipelines):
             if options.last and number + options.last < len(pipelines):
                 continue

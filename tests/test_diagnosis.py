@@ -141,6 +141,8 @@ def test_the_command_prints_and_reports(tmp_path: Path) -> None:
     ("words", "fault"),
     [
         ("vit.onnx --sensitivity", "--sensitivity needs --diagnose"),
+        ("vit.onnx --plot p.png", "--plot needs --diagnose"),
+        ("none.onnx --diagnose --plot none/p.png", "picture none/p.png: the folder none does not exist"),
         ("vit.onnx --diagnose --inspect", "leave out --inspect"),
         ("vit.onnx --diagnose -o x.onnx", "leave out --output"),
         ("vit.onnx --diagnose --passes annotate", "leave out --passes"),

@@ -29,7 +29,8 @@ def test_the_recipes_of_the_package(name: str) -> None:
     recipe = load_recipe(name)
     assert recipe.name == name
     assert recipe.description
-    Pipeline.parse(f"{FRONT},{recipe.passes}", find_pass)
+    for passes in filter(None, (recipe.passes, recipe.passes_at_8_bits)):
+        Pipeline.parse(f"{FRONT},{passes}", find_pass)
 
 
 def test_the_default_recipe() -> None:
@@ -48,6 +49,16 @@ def test_a_recipe_from_a_file(tmp_path: Path) -> None:
     assert recipe.activation.bits == 6
     assert recipe.float_roles == ("head", "patch_embed")
     assert recipe.exclude == ("blocks.0",)
+
+
+@pytest.mark.parametrize(("bits", "passes"), [(None, "few"), ("w4a4", "few"), ("w4a8", "few"), ("w8a7", "few"), ("w8a8", "many")])
+def test_another_pipeline_at_8_bits(bits: str | None, passes: str) -> None:
+    table = TABLE | {"weight": {"bits": 4}, "activation": {"bits": 4}, "passes": "few", "passes_at_8_bits": "many"}
+    assert parse_recipe("r", table).with_bits(bits).pipeline == passes
+
+
+def test_the_same_pipeline_at_8_bits() -> None:
+    assert parse_recipe("r", TABLE).with_bits("w8a8").pipeline == "calibrate"
 
 
 def test_more_exclusions() -> None:

@@ -134,6 +134,7 @@ OPTIONS = [
     Option(OUTPUT, "--inspect", **FLAG, help="Print the blocks found and what would become integer, and stop; --report then writes that."),
     Option(OUTPUT, "--diagnose", **FLAG, help="Print outliers, idle heads and which exact rewrites help, and stop; --report as above."),
     Option(OUTPUT, "--sensitivity", **FLAG, help="With --diagnose: quantize each role and block alone too, and print the error it makes."),
+    Option(OUTPUT, "--plot", type=PATH, metavar="FILE.png", help="With --diagnose: draw channel ranges before and after rewrites too."),
     Option(
         OUTPUT,
         "--explain",

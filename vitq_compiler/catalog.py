@@ -39,7 +39,7 @@ def pipeline_for(recipe: Recipe, target: Target, passes: str | None = None) -> P
     if recipe.storage == "native" and not packing:
         raise RecipeError(f"target {target.name} runs no INT4 weights beside quantized activations: leave out --storage native")
     if passes is None:
-        chosen = recipe.passes
+        chosen = recipe.pipeline
         for name, others in target.replaces.items():
             chosen = re.sub(rf"(?<![\w-]){name}(\{{[^}}]*\}})?(?![\w-])", others, chosen)
         passes = ",".join(name for text in (FRONT, target.rewrites, chosen, target.lowering, packing) for name in text.split(",") if name)

@@ -168,7 +168,7 @@ def _listing(given: dict[str, Any]) -> list[str] | None:
     if given["list_targets"]:
         return list(catalog.list_targets())
     if given["print_pipeline"]:
-        recipe = load_recipe(given["recipe"]).stored(given["storage"])
+        recipe = load_recipe(given["recipe"]).with_bits(given["bits"]).stored(given["storage"])
         return [str(catalog.pipeline_for(recipe, catalog.load_target(given["target"], _target_options(given)), given["passes"]))]
     rows = catalog.list_passes() if given["list_passes"] else catalog.list_recipes()
     width = max(len(name) for name, _ in rows)
@@ -179,18 +179,18 @@ def _target_options(given: dict[str, Any]) -> dict[str, Any]:
     return {field: given[name] for name, field in TARGET_OPTIONS.items() if given[name] is not None}
 
 
-def _check_report(report: Path | None, output: Path, model: Path) -> None:
-    """Refuse a report that cannot be written, before any work is done."""
-    if report is None or report == STDOUT:
+def _check_report(report: Path | None, output: Path, model: Path, kind: str = "report") -> None:
+    """Refuse a report or picture that cannot be written, before any work is done."""
+    if report is None or (report == STDOUT and kind == "report"):
         return
     if report.is_dir():
-        raise OutputError(f"report {report}: is a directory; give a file name")
+        raise OutputError(f"{kind} {report}: is a directory; give a file name")
     if not report.parent.is_dir():
-        raise OutputError(f"report {report}: the folder {report.parent} does not exist; create it first")
+        raise OutputError(f"{kind} {report}: the folder {report.parent} does not exist; create it first")
     if not os.access(report.parent, os.W_OK):
-        raise OutputError(f"report {report}: the folder {report.parent} is not writable; check its permissions")
+        raise OutputError(f"{kind} {report}: the folder {report.parent} is not writable; check its permissions")
     if report.resolve() in (output.resolve(), model.resolve()):
-        raise OutputError(f"report {report}: is the model or the output; give another name")
+        raise OutputError(f"{kind} {report}: is the model or the output; give another name")
 
 
 def _compile(given: dict[str, Any], output: Path) -> int:
@@ -242,8 +242,8 @@ def _inspect(given: dict[str, Any], output: Path) -> int:
 
 def _check_diagnose(given: dict[str, Any]) -> None:
     """Refuse what does not go together with ``--diagnose``, or without it."""
-    if given["sensitivity"] and not given["diagnose"]:
-        raise click.UsageError("--sensitivity needs --diagnose")
+    if alone := next((name for name in ("sensitivity", "plot") if given[name] and not given["diagnose"]), None):
+        raise click.UsageError(f"--{alone} needs --diagnose")
     if given["diagnose"] and (
         other := next((name for name in COMPILE_ONLY if given[name] not in (None, ()) and given[name] is not False), None)
     ):
@@ -253,9 +253,13 @@ def _check_diagnose(given: dict[str, Any]) -> None:
 def _diagnose(given: dict[str, Any], output: Path) -> int:
     from vitq_compiler import diagnosis
     from vitq_compiler.model_io import write_text
+    from vitq_compiler.plots import check_plots, draw
     from vitq_compiler.terminal import console_for, progress_on, show_diagnosis
 
     _check_report(given["report"], output, given["model"])
+    if given["plot"]:
+        _check_report(given["plot"], output, given["model"], "picture")
+        check_plots(given["plot"])
     with progress_on(console_for(sys.stderr), not given["quiet"]) as progress:
         found = diagnosis.diagnose(
             given["model"],
@@ -264,6 +268,8 @@ def _diagnose(given: dict[str, Any], output: Path) -> int:
             with_sensitivity=given["sensitivity"],
             progress=progress,
         )
+    if given["plot"]:
+        draw(found.pictures, given["plot"])
     if given["report"] == STDOUT:
         click.echo(found.to_json(), nl=False)
         return OK

@@ -7,8 +7,8 @@ methods see a reason to act; they are rules of thumb and judge nothing: a compil
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -23,6 +23,7 @@ from vitq_compiler.errors import ModelError, VitqError
 from vitq_compiler.graph import Array, Graph, Node, Tensor, is_constant, producer
 from vitq_compiler.model_io import convert_opset, read_model
 from vitq_compiler.pipeline import Compilation, Pipeline
+from vitq_compiler.plots import Picture, Ranges
 from vitq_compiler.precision import widen
 from vitq_compiler.preprocess import resolve
 from vitq_compiler.progress import Progress, silent
@@ -37,6 +38,7 @@ SPREAD = 10.0  # above: equalize channels
 OFFSET = 1.0  # above: centre
 REGISTER = 10.0  # a token this far above the median one is like a register: no channel method helps
 IDLE = 0.95  # a head that puts this much on one key does nothing
+EVENED = 0.95  # a rewrite is drawn where the channels waste less than this part of what they did
 WORTH = 1.5  # a rewrite is recommended where it divides a measure above its limit by this
 
 LIMITS = {"kurtosis": KURTOSIS, "peak": PEAK, "spread": SPREAD, "offset": OFFSET}
@@ -111,7 +113,7 @@ class RewriteRow:
 
 @dataclass(frozen=True)
 class Diagnosis:
-    """All that was found; ``sensitivity`` is empty unless asked for."""
+    """All that was found; ``sensitivity`` is empty unless asked for, ``pictures`` are for `plots.draw` and in no report."""
 
     model: str
     recipe: str
@@ -122,10 +124,15 @@ class Diagnosis:
     recommendations: tuple[str, ...]
     sensitivity: tuple[SensitivityRow, ...]
     warnings: tuple[str, ...]
+    pictures: tuple[Picture, ...] = field(default=(), repr=False)
 
     def to_json(self) -> str:
-        """Everything as text."""
-        return json.dumps(asdict(self), indent=2, ensure_ascii=False) + "\n"
+        """Everything but the pictures, as text."""
+        table = {name: item for name, item in asdict(replace(self, pictures=())).items() if name != "pictures"}
+        return json.dumps(table, indent=2, ensure_ascii=False) + "\n"
+
+
+RangeTable = dict[tuple[str, str], Ranges]  # block and role -> ranges of its channels
 
 
 @dataclass(frozen=True)
@@ -189,11 +196,12 @@ def diagnose(
     except ModelError as error:
         raise ModelError(f"model {model}: {error}") from error
     feeds = list(islice(data.calibration(), BATCHES))
-    before = measure(c, feeds)
-    rewrites = []
+    before, ranges = measure(c, feeds)
+    rewrites, narrowed = [], {}
     for index, name in enumerate(REWRITES):
         progress("diagnosing", index, len(REWRITES))
-        rewrites.append(_rewritten(c, name, feeds, before))
+        row, narrowed[name] = _rewritten(c, name, feeds, before)
+        rewrites.append(row)
     progress("diagnosing", len(REWRITES), len(REWRITES))
     return Diagnosis(
         model=str(model),
@@ -205,30 +213,51 @@ def diagnose(
         recommendations=tuple(recommended(before, rewrites)),
         sensitivity=sensitivity(_copy(c), progress) if with_sensitivity else (),
         warnings=tuple(data.warnings),
+        pictures=tuple(_pictures(ranges, narrowed)),
     )
 
 
-def measure(c: Compilation, feeds: Sequence[runtime.Feed]) -> tuple[TensorRow, ...]:
-    """The activations of an annotated graph on some batches, in graph order."""
+def measure(c: Compilation, feeds: Sequence[runtime.Feed]) -> tuple[tuple[TensorRow, ...], RangeTable]:
+    """The activations of an annotated graph on some batches, in graph order, and the ranges of their channels."""
     places = _places(c)
     seen = runtime.probe(c.graph, [place.tensor for place in places], feeds, threads=c.threads)
-    return tuple(_row(place, np.concatenate([values[place.tensor] for values in seen])) for place in places)
+    rows, ranges = [], {}
+    for place in places:
+        x = _by_channel(place, np.concatenate([values[place.tensor] for values in seen]))
+        rows.append(_row(place, x))
+        if place.role != "probs":
+            ranges[place.block, place.role] = Ranges(x.min((0, 1)), x.max((0, 1)))
+    return tuple(rows), ranges
 
 
-def _row(place: _Place, array: Array) -> TensorRow:
-    where = (place.node, place.block, place.role, place.quantized)
-    if place.heads:  # heads may be counted into the batch
-        array = array.reshape(-1, place.heads, *array.shape[-2:])
+def _by_channel(place: _Place, array: Array) -> Array:
+    """As [samples, tokens, channels], the channels of all heads side by side; probabilities as [samples, heads, queries, keys]."""
+    if not place.heads:
+        return array.reshape(len(array), -1, array.shape[-1])
+    array = array.reshape(-1, place.heads, *array.shape[-2:])  # heads may be counted into the batch
     if place.role == "probs":
-        idle = np.flatnonzero(outliers.sink_mass(array) > IDLE).tolist()
-        return TensorRow(*where, outliers.kurtosis(array), outliers.peak(array), idle_heads=tuple(idle))
-    if place.heads:  # [samples, heads, tokens, head_dim] -> channels of all heads side by side
-        array = (array.swapaxes(2, 3) if place.role == "k" else array).swapaxes(1, 2)
-        x = array.reshape(*array.shape[:2], -1)
-    else:
-        x = array.reshape(len(array), -1, array.shape[-1])
+        return array
+    array = (array.swapaxes(2, 3) if place.role == "k" else array).swapaxes(1, 2)
+    return array.reshape(*array.shape[:2], -1)
+
+
+def _row(place: _Place, x: Array) -> TensorRow:
+    where = (place.node, place.block, place.role, place.quantized)
+    if place.role == "probs":
+        idle = np.flatnonzero(outliers.sink_mass(x) > IDLE).tolist()
+        return TensorRow(*where, outliers.kurtosis(x), outliers.peak(x), idle_heads=tuple(idle))
     numbers = (outliers.kurtosis(x), outliers.peak(x), outliers.channel_spread(x), outliers.channel_offset(x), outliers.token_spread(x))
     return TensorRow(*where, *numbers)
+
+
+def _pictures(before: RangeTable, narrowed: Mapping[str, RangeTable]) -> Iterator[Picture]:
+    """For each role the activation whose channels are least alike, and what the rewrite makes of it that evens them most."""
+    for role in dict.fromkeys(role for _, role in before):
+        place = max((key for key in before if key[1] == role), key=lambda key: before[key].waste)
+        found = {name: ranges[place] for name, ranges in narrowed.items() if place in ranges}
+        found = {name: ranges for name, ranges in found.items() if ranges.waste < EVENED * before[place].waste}
+        best = min(found, key=lambda name: found[name].waste, default="no rewrite")
+        yield Picture(f"{subject(role)}{f' of {place[0]}' if place[0] else ''}", best, before[place], found.get(best, before[place]))
 
 
 def _places(c: Compilation) -> list[_Place]:
@@ -266,7 +295,7 @@ def _copy(c: Compilation) -> Compilation:
     return Compilation(c.graph.snapshot(), c.recipe, c.target, c.data, threads=c.threads)
 
 
-def _rewritten(c: Compilation, name: str, feeds: Sequence[runtime.Feed], before: tuple[TensorRow, ...]) -> RewriteRow:
+def _rewritten(c: Compilation, name: str, feeds: Sequence[runtime.Feed], before: tuple[TensorRow, ...]) -> tuple[RewriteRow, RangeTable]:
     """Rewrite a copy and look again; what the rewrite refuses, or what breaks parity, is a reason."""
     passes, copy = REWRITES[name].passes, _copy(c)
     reference = runtime.run(runtime.session(c.graph, threads=c.threads, brief=True), feeds[0], c.graph.output_names)
@@ -275,12 +304,12 @@ def _rewritten(c: Compilation, name: str, feeds: Sequence[runtime.Feed], before:
         results = Pipeline.parse(f"canonicalize,annotate,{passes}", find_pass).run(copy, (parity,))
         parity.check()
     except VitqError as error:
-        return RewriteRow(name, passes, 0, (str(error),), (), ())
+        return RewriteRow(name, passes, 0, (str(error),), (), ()), {}
     steps = passes.split(",")
     reasons = tuple(dict.fromkeys(f"{note.where}: {note.reason}" for note in copy.notes if note.stage in steps))
     changes = next(result.changes for result in results if result.spec == name)
-    after = measure(copy, feeds) if changes else ()
-    return RewriteRow(name, passes, changes, reasons, _effects(before, after), after)
+    after, ranges = measure(copy, feeds) if changes else ((), {})
+    return RewriteRow(name, passes, changes, reasons, _effects(before, after), after), ranges
 
 
 def _effects(before: Sequence[TensorRow], after: Sequence[TensorRow]) -> tuple[Effect, ...]:

@@ -260,7 +260,12 @@ def write_model(model: onnx.ModelProto, path: Path) -> None:
 
 
 def write_text(text: str, path: Path) -> None:
-    """Write a report as `write_model` writes a model.
+    """Write a report as `write_model` writes a model; raises OutputError where the disk refuses."""
+    write_bytes(text.encode(), path)
+
+
+def write_bytes(content: bytes, path: Path) -> None:
+    """Write a file as `write_model` writes a model.
 
     Raises:
         OutputError: the disk refuses.
@@ -268,7 +273,7 @@ def write_text(text: str, path: Path) -> None:
     try:
         with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}.") as folder:
             staged = Path(folder) / path.name
-            staged.write_text(text, encoding="utf-8")
+            staged.write_bytes(content)
             staged.replace(path)
     except OSError as error:
         raise OutputError(f"output {path}: cannot be written ({error.strerror or error})") from error

@@ -7,7 +7,8 @@
     [attention]                                   differences for operands of the attention products; absent ones stay in float
     probs = { bits = 8 }
 
-Differences are laid over ``weight`` and ``activation``, so `Recipe.with_bits` reaches all that does not fix its own bits.
+Differences are laid over ``weight`` and ``activation``, so `Recipe.with_bits` reaches all that does not fix its own bits. What
+repairs the errors of few bits can do harm where there are none: ``passes_at_8_bits`` says what is done there.
 """
 
 from __future__ import annotations
@@ -51,6 +52,7 @@ class Recipe:
         weight: how weights are quantized.
         activation: how the inputs of Linear layers and patch embeddings are quantized.
         passes: the pipeline between the target's rewrites and its lowering.
+        passes_at_8_bits: the one instead where weights and activations both have 8 bits; empty where that is no different.
         float_roles: roles kept in float, of `ROLES`.
         roles: role -> ``weight`` or ``activation`` -> where its spec differs.
         attention: operand of the attention products, of `OPERANDS` -> where its spec differs from ``activation``.
@@ -74,6 +76,13 @@ class Recipe:
     exclude: tuple[str, ...] = ()
     storage: str = "container"
     samples: int = 32
+    passes_at_8_bits: str = ""
+
+    @property
+    def pipeline(self) -> str:
+        """The passes for the bits that are asked for."""
+        wide = self.passes_at_8_bits and self.weight.bits == self.activation.bits == 8
+        return self.passes_at_8_bits if wide else self.passes
 
     @property
     def bits(self) -> str:
@@ -207,6 +216,7 @@ def parse_recipe(name: str, table: dict[str, Any]) -> Recipe:
         attention=_attention(name, specs["activation"], table.get("attention", {})),
         definition=definition,
         exclude=_strings(name, "exclude", table.get("exclude", [])),
+        passes_at_8_bits=str(table.get("passes_at_8_bits", "")),
         samples=samples,
     ).stored(table.get("storage"))
 

@@ -19,7 +19,7 @@ LAYERS = (
     ("",),
     ("arguments", "check", "compiler", "diagnosis", "inspection", "terminal"),
     ("passes", "provenance", "sensitivity"),
-    ("annotations", "catalog", "explain", "recipe", "repair", "report", "training", "validation", "verify"),
+    ("annotations", "catalog", "explain", "plots", "recipe", "repair", "report", "training", "validation", "verify"),
     ("prefix",),
     ("blocks", "quantizers", "targets"),
     (
