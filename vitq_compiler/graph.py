@@ -74,7 +74,7 @@ class Graph:
     def to_proto(self) -> onnx.ModelProto:
         """The graph as a ModelProto, nodes sorted, scopes restored, shapes not inferred."""
         self._gs.toposort()
-        packed = {t.name: (t, value(t)) for t in self.constants() if np.dtype(t.dtype) in PACKED}
+        packed = {t.name: (t, value(t)) for t in self.constants() if _is_packed(t)}
         try:  # graphsurgeon writes one number to a byte
             for name, (tensor, array) in packed.items():
                 tensor.values = LazyValues(numpy_helper.from_array(array, name))
@@ -95,7 +95,7 @@ class Graph:
         Nothing is copied: for sessions and shape inference on graphs whose weights are better not serialized. Packed types, of which
         numpy holds one number to a byte, stay in the graph.
         """
-        large = [t for t in self.constants() if np.prod(t.shape) >= LARGE and np.dtype(t.dtype) not in PACKED]
+        large = [t for t in self.constants() if np.prod(t.shape) >= LARGE and not _is_packed(t)]
         weights = {t.name: np.ascontiguousarray(t.values) for t in large}  # a runtime can share nothing else
         try:
             for tensor in large:
@@ -302,6 +302,11 @@ class Graph:
             name = f"{wanted}_{again}"
         self._names.add(name)
         return name
+
+
+def _is_packed(constant: Tensor) -> bool:
+    """Whether its numbers are of a packed type, and in memory: a constant kept elsewhere has the number of an ONNX type as its dtype."""
+    return not isinstance(constant.dtype, int) and np.dtype(constant.dtype) in PACKED
 
 
 def _external(name: str, array: Array) -> onnx.TensorProto:
