@@ -4,7 +4,8 @@
     [min, max] -> the two ends with the least squared error, searched apart                                   by=mse
 
 ``percentile`` is the observer of RepQ-ViT's code (arXiv 2212.08254). With ``channels`` every channel of a LayerNormalization
-output gets a range of its own, for reparameterize-layernorm to move into the affine.
+output gets a range of its own, for reparameterize-layernorm to move into the affine: by percentile, and with ``learned`` from there
+on by the error of what the Linear layers that read it give out (see `clipping`).
 """
 
 from __future__ import annotations
@@ -14,7 +15,8 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from vitq_compiler.graph import is_constant, producer
+from vitq_compiler.clipping import learn_clipping
+from vitq_compiler.graph import is_constant, producer, value
 from vitq_compiler.pipeline import Compilation, Fact, Pass
 from vitq_compiler.quant import QuantSpec, fake_quantize, from_range
 from vitq_compiler.quantizer import quantizer_for
@@ -33,6 +35,7 @@ class ClipRanges(Pass):
     edits = False
     by: str = "percentile"
     channels: bool = False
+    learned: bool = False
     rows: int = 1024
 
     def __post_init__(self) -> None:
@@ -40,6 +43,8 @@ class ClipRanges(Pass):
             raise ValueError(f"by must be percentile or mse, got {self.by}")
         if self.rows < 1:
             raise ValueError("rows must be at least 1")
+        if self.learned and not self.channels:
+            raise ValueError("learned must be given with channels: it learns a range for each")
 
     def run(self, c: Compilation) -> int:
         nodes = {node.name: node for node in c.graph.nodes}
@@ -57,10 +62,18 @@ class ClipRanges(Pass):
             source = producer(c.graph.tensor(name))
             apart = self.channels and source is not None and source.op == "LayerNormalization"
             seen = c.table.statistics[name]
-            low, high = by_channel(samples[name], spec) if apart else self._by_tensor(samples[name], spec)
+            low, high = self._by_channel(c, name, samples[name], spec) if apart else self._by_tensor(samples[name], spec)
             c.table.statistics[name] = replace(seen, low=np.maximum(seen.low, low), high=np.minimum(seen.high, high))
             clipped += 1
         return clipped
+
+    def _by_channel(self, c: Compilation, name: str, x: Samples, spec: QuantSpec) -> tuple[np.ndarray, np.ndarray]:
+        low, high = by_channel(x, spec)
+        weights = [value(linear.weight) for linear in c.annotations.linears if linear.input.name == name]
+        if not self.learned or not weights:
+            return low, high
+        gram = np.sum([weight @ weight.T for weight in weights], axis=0)
+        return learn_clipping(x, gram, (low, high), spec.bits)
 
     def _by_tensor(self, x: Samples, spec: QuantSpec) -> tuple[np.float32, np.float32]:
         x = x.reshape(-1)

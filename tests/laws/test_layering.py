@@ -24,6 +24,7 @@ LAYERS = (
     ("blocks", "quantizers", "targets"),
     (
         "calibration",
+        "clipping",
         "data",
         "lint",
         "moments",
