@@ -2,13 +2,14 @@
 
     Conv(image; kernel = stride = p) -> Reshape[B, C, N] -> Transpose[B, N, C]  ->  patches[B, N, 3 p p] W + c
 
-A convolution kernel must round its output to int8; a Linear needs not, and is as fast. Precondition: the image size is
-static and a multiple of the patch.
+A convolution kernel must round its output to int8; a Linear needs not, and is as fast. Patches of a video (tubelets) and of a
+signal are cut in the same way. Precondition: the image size is static and a multiple of the patch.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from math import prod
 
 import numpy as np
 
@@ -49,19 +50,20 @@ class LinearizePatchEmbedding(Pass):
 
 def _linearize(graph: Graph, node: Node) -> Linear:
     weight = value(node.inputs[1])
-    out_channels, in_channels, high, wide = weight.shape
+    (out_channels, in_channels, *patch), dims = weight.shape, weight.ndim - 2
     image = node.inputs[0]
     sizes = list(image.shape or [])[2:]
-    if len(sizes) != 2 or not all(isinstance(s, int) and s > 0 for s in sizes) or sizes[0] % high or sizes[1] % wide:
-        raise MatchFailure(f"the image size {sizes} is not a static multiple of the patch {[high, wide]}", node.name)
-    rows, columns = sizes[0] // high, sizes[1] // wide
+    if len(sizes) != dims or not all(isinstance(s, int) and s > 0 and s % p == 0 for s, p in zip(sizes, patch, strict=True)):
+        raise MatchFailure(f"the image size {sizes} is not a static multiple of the patch {patch}", node.name)
+    grid = [s // p for s, p in zip(sizes, patch, strict=True)]
     tokens = _tokens(graph, node.outputs[0])
-    cut = graph.constant(f"{node.name}/cut", np.array([-1, in_channels, rows, high, columns, wide], np.int64))
-    grid = graph.insert(
-        "Transpose", [graph.add("Reshape", [image, cut], name=f"{node.name}/cut")], name=f"{node.name}/grid", perm=[0, 2, 4, 1, 3, 5]
-    )
-    flat = graph.constant(f"{node.name}/flat", np.array([-1, rows * columns, in_channels * high * wide], np.int64))
-    patches = graph.add("Reshape", [grid, flat], name=f"{node.name}/patches")
+    cells = [number for pair in zip(grid, patch, strict=True) for number in pair]
+    cut = graph.constant(f"{node.name}/cut", np.array([-1, in_channels, *cells], np.int64))
+    pieces = graph.add("Reshape", [image, cut], name=f"{node.name}/cut")
+    order = [0, *range(2, 2 + 2 * dims, 2), 1, *range(3, 3 + 2 * dims, 2)]
+    ordered = graph.insert("Transpose", [pieces], name=f"{node.name}/grid", perm=order)
+    flat = graph.constant(f"{node.name}/flat", np.array([-1, prod(grid), in_channels * prod(patch)], np.int64))
+    patches = graph.add("Reshape", [ordered, flat], name=f"{node.name}/patches")
     matrix = graph.constant(f"{node.inputs[1].name}/matrix", weight.reshape(out_channels, -1).T)
     output = graph.insert("MatMul", [patches, matrix], name=f"{node.name}/linear", like=tokens)
     linear = Linear(output.inputs[0], None, role="patch_embed")
@@ -82,7 +84,7 @@ def _tokens(graph: Graph, convolved: Tensor) -> Tensor:
             break
         tensor = following[0].outputs[0]
         view = trace(tensor)
-        if view.index.ndim == 3 and len(view.source_shape) == 4:
+        if view.index.ndim == 3 and len(view.source_shape) == len(convolved.shape):
             batch, channels = view.source_shape[:2]
             expected = np.arange(view.index.size).reshape(batch, channels, -1).swapaxes(1, 2)
             if view.source is convolved and np.array_equal(view.index, expected):

@@ -42,7 +42,7 @@ def embedding(high: int = 2, wide: int = 2, size: str = "4, 8", *, bias: bool = 
     return c
 
 
-def linearized(c: Compilation, shape: tuple[int, int] = (4, 8)) -> int:
+def linearized(c: Compilation, shape: tuple[int, ...] = (4, 8)) -> int:
     """The changes; outputs are kept to 1e-5."""
     feed = {"image": np.random.default_rng(1).normal(size=(3, 3, *shape)).astype(np.float32)}
     before = run_model(c.graph, feed)
@@ -82,6 +82,21 @@ def test_flatten_instead_of_reshape() -> None:
     c.graph.infer_shapes()
     c.annotations = understand(c.graph)
     assert linearized(c) == 1
+    assert "Conv" not in ops(c.graph)
+
+
+@pytest.mark.parametrize(("size", "patch"), [((8,), (2,)), ((4, 4, 6), (2, 2, 3))])
+def test_patches_of_signals_and_videos(size: tuple[int, ...], patch: tuple[int, ...]) -> None:
+    random = np.random.default_rng(0)
+    graph = graph_of(
+        f"g (float[B, 3, {str(size).strip('(),')}] image) => (float y) {{ {TEXT.format(strides=list(patch), bias='')} }}",
+        w=random.normal(size=(5, 3, *patch)).astype(np.float32),
+        shape=np.array([0, 5, -1]),
+    )
+    c = compilation(graph)
+    c.graph.infer_shapes()
+    c.annotations = understand(c.graph)
+    assert linearized(c, size) == 1
     assert "Conv" not in ops(c.graph)
 
 
