@@ -29,7 +29,7 @@ class Parity:
         feed: the probe batch.
         reference: outputs of the original model on it, in the order of the graph's outputs.
         thrifty: whether memory counts for more than time.
-        blocks: what each block gives on the probe batch before quantization, with the edge that carries it; see `validation`.
+        blocks: what each block gives on the probe batch before anything but exact rewrites, with the edge that carries it; see `validation`.
     """
 
     feed: Feed
@@ -40,16 +40,17 @@ class Parity:
     _pending: list[tuple[str, Graph]] = field(default_factory=list)
 
     def before(self, p: Pass, c: Compilation) -> None:
-        """Check what has been done before a pass changes the float outputs."""
+        """Check what has been done before a pass changes the float outputs, and keep what the blocks give."""
         if p.edits and not p.exact:
             self.check()
-        if Fact.QUANTIZED in p.provides:
-            self.blocks = probe_blocks(c.reference or c.graph, c.annotations.block_edges, self.feed, self.threads, brief=True)
+            if not self.blocks:
+                self.blocks = probe_blocks(c.graph, c.annotations.block_edges, self.feed, self.threads, brief=True)
 
     def after(self, p: Pass, c: Compilation, result: PassResult) -> None:
         """Remember the graph after an exact pass that changed something."""
         if p.exact and result.changes:
             self._pending.append((p.name, c.graph.snapshot()))
+            self.blocks = {}  # a rewrite may change what a block adds to the stream
             if self.thrifty:
                 self.check()
 
