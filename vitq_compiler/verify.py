@@ -29,7 +29,7 @@ class Parity:
         feed: the probe batch.
         reference: outputs of the original model on it, in the order of the graph's outputs.
         thrifty: whether memory counts for more than time.
-        blocks: what each block gives on the probe batch before anything but exact rewrites, with the edge that carries it; see `validation`.
+        blocks: what each block gives on the probe batch before all but exact rewrites, with the edge that carries it; see `validation`.
     """
 
     feed: Feed
