@@ -82,16 +82,24 @@ class NarrowFloats(Pass):
         """The nodes that must stay in float32, with the reason, which is noted too."""
         found: dict[str, str] = {}
         reach = {} if self.to == "bf16" else largest_values(c.graph, next(iter(c.data.calibration())), c.threads)
+        met = {n.name: max((reach[t.name] for t in (*n.inputs, *n.outputs) if t.name in reach), default=0.0) for n in c.graph.nodes}
+        large = [name for name, largest in met.items() if largest > LARGEST / self.headroom]
         for node in c.graph.nodes:
-            largest = max((reach[t.name] for t in (*node.inputs, *node.outputs) if t.name in reach), default=0.0)
-            if largest > LARGEST / self.headroom:
-                found[node.name] = f"it meets values of {largest:.3g}, and the largest half is {LARGEST:.0f}"
+            if node.name in large:
+                found[node.name] = f"it meets values of {met[node.name]:.3g}, and the largest half is {LARGEST:.0f}"
             elif not _has_half(node, c.graph.opset, self.to):
                 found[node.name] = f"{node.op} has no {self.to} form"
             elif self.to == "fp16" and node.op not in QDQ and (small := _smallest_number(node)) < SMALLEST:
                 found[node.name] = f"its constant {small:.3g} is no half"
+            elif 0 < met[node.name] < SMALLEST:
+                self.note(c, node.name, f"below the normal halves, with fewer digits: its largest value is {met[node.name]:.3g}")
         for name, reason in found.items():
             self.note(c, name, f"stays in float32: {reason}")
+        if large:
+            c.warnings.append(
+                f"{len(large)} operations stay in float32, the first is {large[0]}: values of up to {max(met.values()):.3g} are met, "
+                f"too near the largest half ({LARGEST:.0f})"
+            )
         return found
 
 

@@ -39,6 +39,9 @@ def test_what_would_overflow_stays_in_float32() -> None:
     assert ops(c.graph) == ["Mul", "Mul", "Cast", "Relu", "Cast"]
     assert len(c.notes) == 2
     assert all("stays in float32: it meets values of" in note.reason for note in c.notes)
+    (told,) = c.warnings
+    assert told.startswith("2 operations stay in float32, the first is ")
+    assert told.endswith("e+06 are met, too near the largest half (65504)")
     feed = feed_of(before)
     np.testing.assert_allclose(run_model(c.graph, feed)[0], run_model(before, feed)[0], rtol=2e-3)
 
@@ -47,6 +50,15 @@ def test_a_number_too_small_for_a_half_keeps_its_node() -> None:
     c, _ = narrowed("s = Mul(x, x) a = Add(s, tiny) y = Sqrt(a)", tiny=np.float32(1e-12))
     assert ops(c.graph) == ["Cast", "Mul", "Cast", "Add", "Cast", "Sqrt", "Cast"]
     assert [note.reason for note in c.notes] == ["stays in float32: its constant 1e-12 is no half"]
+
+
+def test_what_lies_below_the_normal_halves_is_told() -> None:
+    c, _ = narrowed("a = Mul(x, small) y = Relu(a)", small=np.float32(1e-4))
+    assert c.notes == []
+    c, _ = narrowed("a = Mul(x, small) b = Mul(a, small) c = Mul(b, small) y = Relu(c)", small=np.float32(1e-2))
+    assert ops(c.graph).count("Cast") == 2, "told, and narrowed all the same"
+    assert [note.reason.partition(": its")[0] for note in c.notes] == ["below the normal halves, with fewer digits"]
+    assert c.warnings == []
 
 
 def test_a_mask_beyond_the_range_stays_finite() -> None:

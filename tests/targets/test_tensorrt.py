@@ -168,6 +168,16 @@ def test_a_compiled_model_breaks_no_rule() -> None:
     assert [f for f in c.target.check(c.graph) if f.severity is not INFORMATION] == []
 
 
+def test_bfloat16_has_no_float32_island() -> None:
+    """The patch embedding is a MatMul there: ONNX has convolutions in bfloat16 only from opset 22."""
+    c = compiled(Tensorrt("10", "bf16"))
+    assert not c.graph.find("Conv")
+    casts = [(node.inputs[0].name, node.outputs[0].name) for node in c.graph.find("Cast")]
+    assert len(casts) == 2, casts
+    assert c.graph.inputs[0].name == casts[0][0]
+    assert c.graph.output_names == [casts[1][1]]
+
+
 def test_older_words() -> None:
     graph = graph_of("g (float[2, 4] x) => (float y) { a = ReduceMean(x, axes) g = Gelu(a) y = Add(g, a) }", axes=np.array([1]))
     feed = feed_of(graph)

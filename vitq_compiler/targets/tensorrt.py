@@ -64,7 +64,6 @@ class Tensorrt(Target):
     ir_version: ClassVar[int] = 9
     runs_here: ClassVar[bool] = False
     attention_choices: ClassVar[tuple[str, ...]] = ("float", "int8", "fp8")
-    rewrites: ClassVar[str] = "stack-heads"
     replaces: ClassVar[Mapping[str, str]] = {
         "select-tokens-early": "",  # leaves products of one row, for which there is no integer kernel
         "split-outlier-channels": "equalize-hidden",  # which costs this compiler no kernel
@@ -91,6 +90,11 @@ class Tensorrt(Target):
     def narrow(self) -> str:
         """The float type that the graph gets."""
         return self.float_type or ("fp32" if self.version == "8.6" else "fp16")
+
+    @property
+    def rewrites(self) -> str:  # type: ignore[override]  # depends on the float type
+        """Passes that shape the float graph; a convolution in bfloat16 comes with opset 22, a MatMul was there before."""
+        return "linearize-patch-embedding,stack-heads" if self.narrow == "bf16" else "stack-heads"
 
     @property
     def lowering(self) -> str:  # type: ignore[override]  # depends on the version
