@@ -9,6 +9,7 @@
     python -m benchmarks zoo            every architecture through the compiler: what is found, quantized and refused
     python -m benchmarks repair         what each step of weight repair is worth at 4 and 3 bits, and what it costs
     python -m benchmarks rewrites       what each exact rewrite of the float graph is worth at 8, 6 and 4 bits
+    python -m benchmarks parity         whether exact rewrites apply to models, how exactly, and why not
     python -m benchmarks lint           what --check finds in graphs of other tools, and whether NVIDIA's parser agrees
 
 Each prints Markdown to standard output and how far it is to standard error; ``--json FILE`` writes the same as JSON.
@@ -23,7 +24,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from benchmarks import accuracy, compile_time, large, latency, lint, repair, rewrites, tensorrt, zoo
+from benchmarks import accuracy, compile_time, large, latency, lint, parity, repair, rewrites, tensorrt, zoo
 from benchmarks.tables import Report
 
 COMMANDS = {
@@ -35,6 +36,7 @@ COMMANDS = {
     "zoo": zoo,
     "repair": repair,
     "rewrites": rewrites,
+    "parity": parity,
     "lint": lint,
 }
 
