@@ -4,6 +4,7 @@
                                         what onnxruntime.quantization makes of it
     python -m benchmarks accuracy       how much of a trained model's accuracy is left, on labelled test images
     python -m benchmarks tensorrt       what NVIDIA's compiler makes of graphs for it: fused attention, integer products, kernels
+    python -m benchmarks halves         what is lost where a compiler writes integer products as halves, and in which form it is not
     python -m benchmarks compile-time   what a compile costs: seconds, memory, and each pass
     python -m benchmarks large          what a model over 2 GB costs: peak memory of a compile
     python -m benchmarks zoo            every architecture through the compiler: what is found, quantized and refused
@@ -24,13 +25,14 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from benchmarks import accuracy, compile_time, large, latency, lint, parity, repair, rewrites, tensorrt, zoo
+from benchmarks import accuracy, compile_time, halves, large, latency, lint, parity, repair, rewrites, tensorrt, zoo
 from benchmarks.tables import Report
 
 COMMANDS = {
     "latency": latency,
     "accuracy": accuracy,
     "tensorrt": tensorrt,
+    "halves": halves,
     "compile-time": compile_time,
     "large": large,
     "zoo": zoo,

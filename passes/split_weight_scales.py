@@ -17,7 +17,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from vitq_compiler.graph import Graph, Node, Tensor, is_constant, producer, readers, value
+from vitq_compiler.graph import Array, Graph, Node, Tensor, is_constant, producer, readers, value
 from vitq_compiler.pipeline import Compilation, Fact, Pass
 
 CHANNEL_AXES = {"MatMul": (1, -1), "Conv": (0,)}  # of the output, in the weight
@@ -50,9 +50,14 @@ def _is_product(node: Node, dequantize: Node) -> bool:
     return other is not None and other.op == "DequantizeLinear" and dequantize.attrs.get("axis", 1) in CHANNEL_AXES[node.op]
 
 
+def common_scale(scale: Array) -> float:
+    """The S of channels with ``scale``: a power of two that is a normal half."""
+    return float(np.clip(2.0 ** np.rint(np.log2(scale.astype(np.float64)).mean()), *NORMAL))
+
+
 def _split(graph: Graph, dequantize: Node, products: list[Node]) -> None:
     scale = value(dequantize.inputs[1]).astype(np.float64)
-    common = np.clip(2.0 ** np.rint(np.log2(scale).mean()), *NORMAL)
+    common = common_scale(scale)
     codes, zero_point = dequantize.inputs[0].name, value(dequantize.inputs[2])
     dequantize.inputs[1] = graph.constant(f"{codes}/common_scale", np.asarray(common, np.float32))
     dequantize.inputs[2] = graph.constant(f"{codes}/common_zero_point", np.zeros((), zero_point.dtype))
