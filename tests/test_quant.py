@@ -143,6 +143,21 @@ def test_error_is_at_most_half_a_step_inside_the_range(spec: QuantSpec, limits: 
     assert (np.abs(x - fake_quantize(x, params)) <= float(params.scale) / 2 + slack).all()
 
 
+@given(st.integers(2, 7), ranges, arrays(np.float32, array_shapes(max_dims=2), elements=floats))
+def test_anchored_codes_stand_for_the_values_of_asymmetric_ones(bits: int, limits: tuple[float, float], x: np.ndarray) -> None:
+    """With zero for a zero point, in int8."""
+    plain, anchored = (from_range(np.float32(limits[0]), np.float32(limits[1]), QuantSpec(bits, anchored=a)) for a in (False, True))
+    np.testing.assert_array_equal(fake_quantize(x, plain), fake_quantize(x, anchored))
+    assert (int(anchored.zero_point), anchored.dtype, anchored.quant_max - anchored.quant_min) == (0, np.int8, 2**bits - 1)
+    assert quantize(x, anchored).dtype == np.int8
+
+
+@pytest.mark.parametrize("options", [{"bits": 8}, {"symmetric": True}, {"granularity": "per_channel"}])
+def test_what_cannot_be_anchored(options: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match="anchored codes are asymmetric, of one scale, and of at most 7 bits"):
+        QuantSpec(**{"bits": 4, "anchored": True} | options)
+
+
 @given(specs, ranges)
 def test_the_range_is_covered(spec: QuantSpec, limits: tuple[float, float]) -> None:
     params = from_range(np.float32(limits[0]), np.float32(limits[1]), spec)

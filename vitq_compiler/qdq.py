@@ -72,7 +72,7 @@ def quantize_activation(graph: Graph, tensor: Tensor, params: QuantParams) -> Te
     """
     if params.curve is not None:
         tensor = params.curve.emit(graph, tensor)
-    elif params.format == "int" and params.quant_max < np.iinfo(params.dtype).max:
+    elif params.format == "int" and _has_spare_codes(params):
         ends = [
             graph.constant(f"{tensor.name}/{n}", dequantize(np.asarray(code), params))
             for n, code in (("low", params.quant_min), ("high", params.quant_max))
@@ -84,6 +84,12 @@ def quantize_activation(graph: Graph, tensor: Tensor, params: QuantParams) -> Te
     codes.dtype, codes.shape = params.dtype, tensor.shape
     result = graph.insert("DequantizeLinear", [codes, scale, zero_point], name=f"{tensor.name}/dq", like=tensor)
     return result if params.curve is None else params.curve.emit_inverse(graph, result)
+
+
+def _has_spare_codes(params: QuantParams) -> bool:
+    """Whether the container holds more than the codes; symmetric int8 leaves its lowest to itself."""
+    container = np.iinfo(params.dtype)
+    return max(params.quant_min - container.min, container.max - params.quant_max) > 1
 
 
 def dequantize_constant(graph: Graph, name: str, codes: Codes, params: QuantParams) -> Tensor:

@@ -47,6 +47,8 @@ class QuantSpec:
         bits: code width, 2 to 8.
         signed: codes from -2^(bits-1) rather than from 0.
         symmetric: zero maps to the middle code; for signed codes the range is then +-(2^(bits-1) - 1).
+        anchored: zero is code 0, wherever it lies in the range, and codes reach from there as far as they must in a signed 8-bit
+            container: an asymmetric quantizer of fewer than 8 bits for kernels without zero points, with the same values.
         granularity: one scale for the tensor, or one per output channel (shape [channels]).
         format: ``int``, or ``e4m3``: 8-bit floats with a sign, 4 bits of exponent and 3 of mantissa, up to 448, none infinite
             (arXiv 2209.05433); ``bits``, ``signed`` and ``symmetric`` say nothing then.
@@ -65,8 +67,11 @@ class QuantSpec:
     base: float = 0.0
     shift: float = 0.0
     zero: bool = False
+    anchored: bool = False
 
     def __post_init__(self) -> None:
+        if self.anchored and (self.bits > 7 or self.granularity != "per_tensor" or self.symmetric):
+            raise ValueError("anchored codes are asymmetric, of one scale, and of at most 7 bits")
         if not 2 <= self.bits <= 8:
             raise ValueError(f"bits must be 2 to 8, got {self.bits}")
         if self.format not in ("int", "e4m3"):
@@ -75,6 +80,11 @@ class QuantSpec:
             raise ValueError(f"base must be above 1 and at most 16, or 0 to search it, got {self.base}")
         if self.shift < 0:
             raise ValueError(f"shift must not be negative, got {self.shift}")
+
+    @property
+    def has_zero_point(self) -> bool:
+        """Whether any code may stand for zero."""
+        return not (self.symmetric or self.anchored)
 
     @property
     def quant_min(self) -> int:
@@ -118,6 +128,7 @@ class QuantParams:
         quant_max: largest code.
         format: of the codes, see `QuantSpec`.
         curve: what the codes lie evenly on; None: the values themselves.
+        signed: the container is signed also where no code is negative.
     """
 
     scale: NDArray[np.float32]
@@ -127,6 +138,7 @@ class QuantParams:
     quant_max: int
     format: Format = "int"
     curve: Curve | None = None
+    signed: bool = False
 
     def __post_init__(self) -> None:
         if self.scale.shape != self.zero_point.shape or self.scale.ndim != (0 if self.axis is None else 1):
@@ -141,7 +153,7 @@ class QuantParams:
         """The container: int8 for signed codes, else uint8; 8-bit floats are their own."""
         if self.format == "e4m3":
             return E4M3
-        return np.dtype(np.int8 if self.quant_min < 0 else np.uint8)
+        return np.dtype(np.int8 if self.signed or self.quant_min < 0 else np.uint8)
 
 
 def from_range(low: Float, high: Float, spec: QuantSpec, axis: int | None = None) -> QuantParams:
@@ -169,7 +181,11 @@ def from_range(low: Float, high: Float, spec: QuantSpec, axis: int | None = None
         scale = (high - low) / codes
         with np.errstate(divide="ignore", invalid="ignore"):
             zero_point = np.where(scale > 0, np.clip(np.rint(spec.quant_min - low / scale), spec.quant_min, spec.quant_max), spec.quant_min)
-    return QuantParams(np.maximum(scale, smallest).astype(np.float32), zero_point.astype(np.int32), axis, spec.quant_min, spec.quant_max)
+    steps, zeros = np.maximum(scale, smallest).astype(np.float32), zero_point.astype(np.int32)
+    if spec.anchored:
+        first, last = (end - int(zeros) for end in (spec.quant_min, spec.quant_max))
+        return QuantParams(steps, np.zeros_like(zeros), axis, first, last, signed=True)
+    return QuantParams(steps, zeros, axis, spec.quant_min, spec.quant_max)
 
 
 def check_strength(strength: float) -> None:

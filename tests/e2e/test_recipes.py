@@ -21,12 +21,12 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-@pytest.mark.parametrize("name", STRICT)
+@pytest.mark.parametrize("name", [*STRICT, pytest.param("is-vit", marks=pytest.mark.torch)])
 def test_it_compiles_at_four_bits(name: str, model: Path, tmp_path: Path) -> None:
     calibration = tmp_path / "x.npz"
     np.savez(calibration, **{onnx.load(model).graph.input[0].name: np.random.default_rng(0).normal(size=(24, 3, 8, 8)).astype(np.float32)})
     output = tmp_path / "out.onnx"
-    report = compile(model, output, recipe=name, bits="w4a4", calibration=calibration, samples=8, threads=1)
+    report = compile(model, output, recipe=name, bits="w4a4", calibration=calibration, samples=8, batch_size=4, threads=1)
     assert (report.bits, report.definition) == ("w4a4", "strict")
     assert all(row.quantized for row in report.linears)
     assert report.validation.outputs[0].sqnr_db > 3

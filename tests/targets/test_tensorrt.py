@@ -47,6 +47,28 @@ def test_golden() -> None:
     assert_golden(compiled(Tensorrt()).graph, "tensorrt_block", weights=False)
 
 
+@pytest.mark.parametrize("bits", ["w2a2", "w4a4", "w7a7"])
+def test_few_bits_have_no_zero_points_and_lose_nothing_by_it(bits: str) -> None:
+    """The steps are those of asymmetric codes: what was seen, by their number."""
+    recipe, target = load_recipe("minmax").with_bits(bits), Tensorrt()
+    c = compilation(vit(SIZES), target=target, recipe=recipe)
+    run_passes(c, str(pipeline_for(recipe, target)))
+    last = 2**recipe.activation.bits - 1
+    steps, clipped = [float(c.params[edge].scale) for edge, spec in c.specs.items() if spec.anchored], 0
+    seen = [(min(float(s.low.min()), 0), max(float(s.high.max()), 0)) for s in c.table.statistics.values()]
+    widths = np.array([(high - low) / last for low, high in seen])
+    assert len(steps) > 8
+    assert all(np.isclose(widths, step, rtol=1e-5).any() for step in steps)
+    for node in c.graph.find("QuantizeLinear"):
+        assert (value(node.inputs[2]).dtype, value(node.inputs[2]).any()) == (np.int8, False)
+        if (clip := producer(node.inputs[0])).op == "Clip":  # the image has 8 bits
+            first, end = (round(float(value(t)) / float(value(node.inputs[1]))) for t in clip.inputs[1:])
+            assert end - first == last
+            clipped += 1
+    assert clipped >= 4 * SIZES.depth
+    assert {finding.rule.id for finding in target.check(c.graph)} == {"S08", "S09", "S23"}, "no error; the Clip after softmax is told"
+
+
 @pytest.mark.parametrize("dialect", DIALECTS.values(), ids=DIALECTS)
 @pytest.mark.parametrize(("version", "floats"), [("8.6", ""), ("10", ""), ("10", "fp32"), ("11", "fp16"), ("11", "bf16")])
 def test_the_contract(dialect: Dialect, version: str, floats: str) -> None:

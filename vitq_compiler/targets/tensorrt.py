@@ -7,6 +7,10 @@ Zero points are zero and int8, scales have the type of what they quantize, and t
 what is left out there means something else in some versions. MatMul stays on [batch, tokens, features], for a compiler that
 merges bias, GELU, LayerNormalization and the next QuantizeLinear into single kernels gains nothing by flattening.
 
+Fewer than 8 bits need no symmetry for a zero point of zero: int8 has room for their codes on either side of it, and a Clip before
+the quantizer ends them where they shall (`QuantSpec.anchored`). Linear products stay int8 then; attention is not fused, in which
+nothing but quantizers may lie.
+
 What the versions differ in: 8.6 ends at opset 17 without Gelu, wants weights in float32 before their own QuantizeLinear, and
 chooses half precision itself (scales that are not float32 it reads wrongly); 10 and 11 take types from the graph.
 """
@@ -104,7 +108,7 @@ class Tensorrt(Target):
         return ",".join(["price-attention", "insert-qdq", *narrow, "legalize"])
 
     def fit(self, spec: QuantSpec) -> QuantSpec:
-        """Signed and symmetric; 8-bit floats as they are.
+        """Signed codes whose zero point is zero: symmetric, or anchored where there are codes to spare; 8-bit floats as they are.
 
         Raises:
             RecipeError: the version or the GPU has no 8-bit floats.
@@ -113,6 +117,8 @@ class Tensorrt(Target):
             raise RecipeError("TensorRT 8.6 has no 8-bit floats in ONNX: take int8, or --trt-version 10")
         if spec.format == "e4m3" and self.compute_capability is not None and self.compute_capability < FP8_GPU:
             raise RecipeError(f"compute capability {self.compute_capability} has no 8-bit floats, {FP8_GPU} and above have: take int8")
+        if spec.format == "int" and spec.bits < 8 and spec.granularity == "per_tensor":
+            return replace(spec, signed=False, symmetric=False, anchored=True)
         return replace(spec, signed=True, symmetric=True)
 
     def attention_fault(self, head_dim: int, tokens: int, spec: QuantSpec) -> str:

@@ -81,7 +81,7 @@ def learn(c: Compilation, window: Window, style: str, device: str) -> Learned:
         else:
             key = tensor.name, str(params)
             if key not in shared:
-                shared[key] = Activation(params, not c.specs[edge].symmetric, device)
+                shared[key] = Activation(params, c.specs[edge].has_zero_point, device)
             activations[edge] = shared[key]
     biases = {}
     for linear in window.stage.linears:
