@@ -14,7 +14,7 @@ goes on where it was.
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -22,7 +22,7 @@ from pathlib import Path
 
 from vitq_compiler.errors import DataError
 from vitq_compiler.pipeline import Compilation, Fact, Pass
-from vitq_compiler.prefix import Store, walk
+from vitq_compiler.prefix import Inputs, Store, walk
 from vitq_compiler.repair import quantized_part, reference, repairable
 from vitq_compiler.torch_graph import require_torch
 from vitq_compiler.training.loop import Schedule, pick_device, train
@@ -61,39 +61,43 @@ class ReconstructBlocks(Pass):
 
     def run(self, c: Compilation) -> int:
         require_torch(f"pass {self.name}")
-        floating, device, goal = reference(c), pick_device(c.device), Goal(self.loss, self.local, self.prefix)
-        windows, finals = cut(c.graph, repairable(c), self.unit), Store()
-        sources = tuple(spec.name for spec in floating.inputs)
-        store_outputs(floating, sources, goal.finals(c), ((feed[n] for n in sources) for feed in c.data.calibration()), finals, c.threads)
-        walked = walk(
-            floating,
-            [window.stage for window in windows],
-            c.data.calibration(),
-            lambda stage: quantized_part(c, stage),
-            threads=c.threads,
-            work_dir=c.work_dir,
-        )
+        floating, goal = reference(c), Goal(self.loss, self.local, self.prefix)
+        windows, sources = cut(c.graph, repairable(c), self.unit), tuple(spec.name for spec in floating.inputs)
         helped = 0
-        for index, (window, (_, inputs)) in enumerate(zip(windows, walked, strict=True)):
-            if inputs.count < 2 * c.data.copies:
-                raise DataError(f"pass {self.name} holds samples back: give more of them, or a smaller --batch-size")
-            with _stores(c) as (ends, weights), _threads(c.threads):
-                learned = learn(c, window, self.round, device)
-                objective = Objective(c, window, inputs, (ends, finals, weights), learned, goal)
-                before, after = train(
-                    learned,
-                    objective,
-                    *_split(inputs.count, c.data.copies),
-                    Schedule(self.steps, self.code_rate, self.scale_rate, self.bias_rate, self.drop, seed=index),
-                    checkpoint=self._checkpoint(c, learned.fingerprint(self, index, inputs.count)),
-                    advance=partial(_advance, c, index, len(windows)),
-                )
-            if after < before:
-                keep(c, learned)
-                helped += 1
-            else:
-                self.note(c, _name(window), "training lowers no error on samples it does not see; codes and scales stay as they were")
+        with _store(c) as finals, _threads(c.threads):
+            feeds = ((feed[n] for n in sources) for feed in c.data.calibration())
+            store_outputs(floating, sources, goal.finals(c), feeds, finals, c.threads)
+            walked = walk(
+                floating,
+                [window.stage for window in windows],
+                c.data.calibration(),
+                lambda stage: quantized_part(c, stage),
+                threads=c.threads,
+                work_dir=c.work_dir,
+            )
+            for index, (window, (_, inputs)) in enumerate(zip(windows, walked, strict=True)):
+                advance = partial(_advance, c, index, len(windows))
+                helped += self._train(c, window, inputs, finals, goal, index, advance)
         return helped
+
+    def _train(
+        self, c: Compilation, window: Window, inputs: Inputs, finals: Store, goal: Goal, index: int, advance: Callable[[int, int], None]
+    ) -> bool:
+        """Train one window; whether that served the samples held back."""
+        if inputs.count < 2 * c.data.copies:
+            raise DataError(f"pass {self.name} holds samples back: give more of them, or a smaller --batch-size")
+        with _store(c) as ends, _store(c) as weights:
+            learned = learn(c, window, self.round, pick_device(c.device))
+            objective = Objective(c, window, inputs, (ends, finals, weights), learned, goal)
+            schedule = Schedule(self.steps, self.code_rate, self.scale_rate, self.bias_rate, self.drop, seed=index)
+            checkpoint = self._checkpoint(c, learned.fingerprint(self, index, inputs.count))
+            fitted, held_back = _split(inputs.count, c.data.copies)
+            before, after = train(learned, objective, fitted, held_back, schedule, checkpoint=checkpoint, advance=advance)
+        if after < before:
+            keep(c, learned)
+        else:
+            self.note(c, _name(window), "training lowers no error on samples it does not see; codes and scales stay as they were")
+        return after < before
 
     def _checkpoint(self, c: Compilation, fingerprint: str) -> Path | None:
         return c.work_dir / f"{self.name}-{fingerprint}.pt" if c.work_dir else None
@@ -116,11 +120,10 @@ def _name(window: Window) -> str:
 
 
 @contextmanager
-def _stores(c: Compilation) -> Iterator[tuple[Store, Store]]:
-    """Two stores that last for one window."""
+def _store(c: Compilation) -> Iterator[Store]:
+    """A store that lasts for a while: in the work directory, where there is one."""
     with ExitStack() as stack:
-        folders = [Path(stack.enter_context(tempfile.TemporaryDirectory(dir=c.work_dir))) if c.work_dir else None for _ in range(2)]
-        yield Store(folders[0]), Store(folders[1])
+        yield Store(Path(stack.enter_context(tempfile.TemporaryDirectory(dir=c.work_dir))) if c.work_dir else None)
 
 
 @contextmanager
