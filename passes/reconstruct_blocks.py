@@ -4,8 +4,9 @@
 
 Only these change: the deployed graph stays plain. One part of the network is trained after another (``unit``, see
 `training.windows`), on what the quantized parts before it give out, or the float ones (``prefix``), towards ``loss`` (see
-`training.objective`). ``round`` says how codes are found (`training.rounding_styles`), ``drop`` which part of the activations stays
-float in each step (QDrop). A rate of 0 leaves weights, scales (and zero points), or biases as they are.
+`training.objective`). ``round`` says how codes are found (`training.rounding_styles`), ``margin`` how far from its code a weight may
+begin, ``drop`` which part of the activations stays float in each step (QDrop). A rate of 0 leaves weights, scales (and zero points),
+or biases as they are.
 
 An eighth of the samples is held back, and the state that serves these best is kept. With a work directory an interrupted training
 goes on where it was.
@@ -44,6 +45,7 @@ class ReconstructBlocks(Pass):
     unit: str = "network"
     loss: str = "feature"
     round: str = "nearest"
+    margin: float = 0.1
     prefix: str = "quantized"
     drop: float = 0.0
     code_rate: float = 0.003
@@ -56,8 +58,8 @@ class ReconstructBlocks(Pass):
             if getattr(self, option) not in known:
                 raise ValueError(f"{option} must be one of {', '.join(known)}, got {getattr(self, option)}")
         rates = self.code_rate, self.scale_rate, self.bias_rate
-        if self.steps < 1 or not min(*rates, self.local) >= 0 or not max(rates) > 0 or not 0 <= self.drop < 1:
-            raise ValueError("steps and one of the rates must be positive, no number negative, and drop below 1")
+        if self.steps < 1 or not min(*rates, self.local) >= 0 or not max(rates) > 0 or not 0 <= self.drop < 1 or not 0 <= self.margin < 0.5:
+            raise ValueError("steps and one of the rates must be positive, no number negative, drop below 1 and margin below a half")
 
     def run(self, c: Compilation) -> int:
         require_torch(f"pass {self.name}")
@@ -87,7 +89,7 @@ class ReconstructBlocks(Pass):
         if inputs.count < 2 * c.data.copies:
             raise DataError(f"pass {self.name} holds samples back: give more of them, or a smaller --batch-size")
         with _store(c) as ends, _store(c) as weights:
-            learned = learn(c, window, self.round, pick_device(c.device))
+            learned = learn(c, window, self.margin, self.round, pick_device(c.device))
             objective = Objective(c, window, inputs, (ends, finals, weights), learned, goal)
             schedule = Schedule(self.steps, self.code_rate, self.scale_rate, self.bias_rate, self.drop, seed=index)
             checkpoint = self._checkpoint(c, learned.fingerprint(self, index, inputs.count))

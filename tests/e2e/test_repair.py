@@ -72,3 +72,26 @@ def test_training_repairs_too(model: Path, tmp_path: Path, bits: str) -> None:
     )
     assert quality(after) > quality(before) + 3
     assert {n.op_type for n in onnx.load(tmp_path / "out.onnx").graph.node} >= PLAIN
+
+
+@pytest.mark.torch
+def test_training_layer_by_layer_adds_to_ranges(model: Path, tmp_path: Path) -> None:
+    """Recipe adaquant with fewer steps, against itself without its two trainings."""
+    target, passes = load_target("onnxruntime"), load_recipe("adaquant").passes
+    bare = passes.partition(",reconstruct-blocks")[0]
+    short = passes.replace("steps=200", "steps=30").replace("steps=100", "steps=20")
+    assert short.count("reconstruct-blocks") == 2
+    qualities = [
+        quality(
+            compile(
+                model,
+                tmp_path / "out.onnx",
+                recipe="adaquant",
+                samples=64,
+                threads=1,
+                passes=",".join((FRONT, target.rewrites, text, target.lowering)),
+            )
+        )
+        for text in (bare, short)
+    ]
+    assert qualities[1] > qualities[0] + 1

@@ -213,7 +213,9 @@ def test_what_is_held_back_is_held_back_with_its_copies(samples: int, copies: in
     assert len(held_back) == max(1, samples // 8) * copies
 
 
-@pytest.mark.parametrize("options", [{"steps": 0}, {"drop": 1.0}, {"local": -1.0}, {"code_rate": float("nan")}, dict.fromkeys(RATES, 0.0)])
+@pytest.mark.parametrize(
+    "options", [{"steps": 0}, {"drop": 1.0}, {"margin": 0.5}, {"local": -1.0}, {"code_rate": float("nan")}, dict.fromkeys(RATES, 0.0)]
+)
 def test_senseless_options_are_refused(options: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match="steps and one of the rates must be positive"):
         find_pass("reconstruct-blocks")(**options)

@@ -59,7 +59,7 @@ def test_a_weight_starts_at_its_codes(style: str, shape: tuple[int, ...], axis: 
     value = RANDOM.normal(0, 1, shape).astype(np.float32)
     params = per_channel(axis, 4)
     codes = np.clip(quantize(value, params) + RANDOM.integers(-1, 2, shape), -7, 7).astype(np.int8)
-    weight = Weight(value, params, codes, style, "cpu")
+    weight = Weight(value, params, codes, 0.3, style, "cpu")
     np.testing.assert_array_equal(weight.codes(), codes)
     np.testing.assert_allclose(weight.params().scale, params.scale, rtol=1e-6)
     spread = params.scale.reshape([-1 if i == axis else 1 for i in range(len(shape))])

@@ -7,7 +7,7 @@
 Rounding is the identity in the gradient (learned step sizes, arXiv 1902.08153; with trained ends of the range that is also the
 learned clipping of RepQuant, arXiv 2402.05628). A quantizer with a curve is computed by the operators it becomes in the deployed
 graph, its numbers as they are. Training starts at the quantized network as it is: a weight begins at its real value, moved no
-further than it must be to round to the codes it has now.
+further than it must be to lie within a margin of the code it has now. Close to the next code, many would change at the first noise.
 """
 
 from __future__ import annotations
@@ -25,7 +25,6 @@ from vitq_compiler.quant import Edge, QuantParams, quantize
 from vitq_compiler.torch_graph import Taps, Tensor, require_torch
 from vitq_compiler.training.rounding_styles import STYLES, RoundingStyle, nearest
 
-MARGIN = 0.1  # how far from its code a weight may start, in steps: nearer to the next one, many would change at the first noise
 Function = Callable[[Tensor], Tensor]
 
 
@@ -81,16 +80,19 @@ class Weight:
         value: the real weight.
         params: what its codes mean.
         codes: those it has; None for the nearest.
+        margin: how far from its code a weight may start, in steps; below a half.
         style: how they are trained, of `STYLES`.
         device: of torch.
     """
 
-    def __init__(self, value: NDArray[np.float32], params: QuantParams, codes: NDArray[Any] | None, style: str, device: str) -> None:
+    def __init__(
+        self, value: NDArray[np.float32], params: QuantParams, codes: NDArray[Any] | None, margin: float, style: str, device: str
+    ) -> None:
         self._params = params
         shape = [] if params.axis is None else [-1 if axis == params.axis % value.ndim else 1 for axis in range(value.ndim)]
         scale, zero_point = params.scale.reshape(shape), params.zero_point.reshape(shape)
         start = (quantize(value, params) if codes is None else codes).astype(np.float32)
-        latent = np.clip(value / scale + zero_point, start - MARGIN, start + MARGIN)
+        latent = np.clip(value / scale + zero_point, start - margin, start + margin)
         self.style: RoundingStyle = STYLES[style](_tensor(latent, device))
         self.scale = _trained(np.log(scale), device)
         self._zero_point = _tensor(zero_point, device)

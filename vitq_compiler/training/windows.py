@@ -53,12 +53,13 @@ def cut(graph: Graph, linears: Iterable[Linear], unit: str) -> list[Window]:
     return [Window(part, part.results, rest) for part, rest in zip(parts, [*rests, ()], strict=True)]
 
 
-def learn(c: Compilation, window: Window, style: str, device: str) -> Learned:
+def learn(c: Compilation, window: Window, margin: float, style: str, device: str) -> Learned:
     """All that can be trained of a window, as it is now.
 
     Args:
         c: the compilation.
         window: the part of its graph.
+        margin: how far from their codes weights may start, in steps.
         style: how codes of weights are trained, of `rounding_styles.STYLES`.
         device: of torch.
 
@@ -75,7 +76,7 @@ def learn(c: Compilation, window: Window, style: str, device: str) -> Learned:
         if params.format != "int":
             raise RecipeError(f"training needs integer codes, and those of {edge.node} are 8-bit floats: leave reconstruct-blocks out")
         if is_constant(tensor):
-            weights[edge] = Weight(value(tensor), params, c.rounding.get(edge), style, device)
+            weights[edge] = Weight(value(tensor), params, c.rounding.get(edge), margin, style, device)
         elif params.curve is not None:
             curves[edge] = through(c.graph, tensor, params, device)
         else:
