@@ -61,8 +61,11 @@ class ReconstructBlocks(Pass):
         if self.steps < 1 or not min(*rates, self.local) >= 0 or not max(rates) > 0 or not 0 <= self.drop < 1 or not 0 <= self.margin < 0.5:
             raise ValueError("steps and one of the rates must be positive, no number negative, drop below 1 and margin below a half")
 
-    def run(self, c: Compilation) -> int:
+    def check(self, c: Compilation) -> None:
         require_torch(f"pass {self.name}")
+        pick_device(c.device)
+
+    def run(self, c: Compilation) -> int:
         floating, goal = reference(c), Goal(self.loss, self.local, self.prefix)
         windows, sources = cut(c.graph, repairable(c), self.unit), tuple(spec.name for spec in floating.inputs)
         helped = 0

@@ -73,6 +73,10 @@ class Fail(Pass):
     name = "fail"
     how: str = "bug"
 
+    def check(self, c: Compilation) -> None:
+        if self.how == "early":
+            raise RecipeError("no such device")
+
     def run(self, c: Compilation) -> int:
         if self.how == "user":
             raise ModelError("no softmax")
@@ -300,3 +304,11 @@ def test_a_hook_can_stop_the_run() -> None:
     with pytest.raises(ModelError, match="enough"):
         parse("start,tune").run(tiny(), (hook,))
     assert [entry[:2] for entry in hook.seen] == [("before", "start"), ("after", "start")]
+
+
+def test_what_a_pass_lacks_is_said_before_any_pass_runs() -> None:
+    c, ran = compilation(graph_of("g (float[2] x) => (float[2] y) { y = Relu(x) }")), []
+    c.progress = lambda *step: ran.append(step)
+    with pytest.raises(RecipeError, match="no such device"):
+        parse("start,fail{how=early}").run(c)
+    assert ran == []

@@ -109,6 +109,13 @@ class Pass(ABC):
     @abstractmethod
     def run(self, c: Compilation) -> int: ...
 
+    def check(self, c: Compilation) -> None:  # noqa: B027  # most passes need nothing
+        """Refuse, before any pass has run, what this one could only find out after them.
+
+        Raises:
+            VitqError: something is missing here.
+        """
+
     def note(self, c: Compilation, where: str, reason: str) -> None:
         """Record what was left alone, and why."""
         c.notes.append(Note(self.name, where, reason))
@@ -172,6 +179,8 @@ class Pipeline:
             PassError: a pass failed in a way that is not the user's fault.
             VitqError: as raised by a pass or a hook.
         """
+        for p in self.passes:
+            p.check(c)
         results: list[PassResult] = []
         for index, p in enumerate(self.passes):
             c.progress("compiling", index, len(self.passes))
