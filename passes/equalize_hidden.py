@@ -2,11 +2,13 @@
 
     f(x W1) W2 + c  ->  ((f(x W1) + s) / r) (diag(r) W2) + (c - s W2)
 
-with s the middle of each channel's range and r = (width / mean width)^strength. Nothing positive or negative passes through
-a GELU, so this costs one multiplication and one addition after it; a compiler for GPUs puts both into the kernel that
-computes the GELU and quantizes. It gains twice: a symmetric quantizer has no zero point with which to follow a range of
--0.17 to 8, and half of its codes would lie idle; and a few channels with massive activations (arXiv 2402.17762) no longer
-set the scale of all (SmoothQuant, arXiv 2211.10438, across an activation function).
+with s the middle of each channel's range and r = k (width / mean width)^strength, k such that the widest ends at 4. Nothing
+positive or negative passes through a GELU, so this costs one multiplication and one addition after it; a compiler for GPUs puts
+both into the kernel that computes the GELU and quantizes. It gains three times: a symmetric quantizer has no zero point with
+which to follow a range of -0.17 to 8, and half of its codes would lie idle; a few channels with massive activations (arXiv
+2402.17762) no longer set the scale of all (SmoothQuant, arXiv 2211.10438, across an activation function); and the hidden layers
+of all blocks have one scale, so that one kernel serves them: TensorRT-RTX keeps the scale in the source of a kernel, and every
+source in the engine.
 
 Precondition: nothing else reads the hidden layer.
 """
@@ -22,6 +24,9 @@ from vitq_compiler.blocks.mlp import Mlp
 from vitq_compiler.graph import value
 from vitq_compiler.pipeline import Compilation, Fact, Pass
 from vitq_compiler.quant import Edge, check_strength, equalizing_scale
+
+REACH = 4.0
+TINY = 1e-12  # of a hidden layer that is constant
 
 
 @dataclass(frozen=True)
@@ -52,7 +57,9 @@ class EqualizeHidden(Pass):
     def _equalize(self, c: Compilation, mlp: Mlp) -> None:
         fc2, hidden, graph = mlp.fc2, mlp.fc2.input, c.graph
         seen = c.table.statistics[hidden.name]
-        _, ratio = equalizing_scale(seen.high - seen.low, self.strength)
+        width = seen.high - seen.low
+        _, ratio = equalizing_scale(width, self.strength)
+        ratio = (ratio * max(float((width / ratio).max()) / (2 * REACH), TINY)).astype(np.float32)
         shift = (-(seen.high + seen.low) / 2).astype(np.float32)
         weight = value(fc2.weight)
         factor = graph.constant(f"{fc2.name}/factor", 1 / ratio)

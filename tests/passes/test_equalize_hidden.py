@@ -4,10 +4,13 @@ import numpy as np
 import pytest
 
 from tests.builders import Dialect, Sizes, changes_of, compilation, difference, feed_of, run_model, run_passes, vit
+from vitq_compiler.catalog import pipeline_for
 from vitq_compiler.errors import RecipeError
+from vitq_compiler.graph import producer, value
 from vitq_compiler.passes.equalize_hidden import EqualizeHidden
 from vitq_compiler.pipeline import Compilation, Pipeline
 from vitq_compiler.quant import Edge
+from vitq_compiler.targets.tensorrt import Tensorrt
 
 SIZES = Sizes(depth=1)
 
@@ -29,13 +32,24 @@ def test_the_outputs_stay_and_ranges_are_centred(gelu: str, bias: bool, strength
     assert difference(before, run_model(c.graph, feed)) <= 1e-5
     hidden = c.annotations.mlps[0].fc2.input.name
     followed = c.table.statistics[hidden]
-    np.testing.assert_allclose(followed.low, -followed.high, atol=1e-6)
+    np.testing.assert_allclose(followed.low, -followed.high, atol=2e-6)
+    assert followed.high.max() == pytest.approx(4)
     if strength == 1:
         np.testing.assert_allclose(followed.high, followed.high[0], rtol=1e-4)
     changes_of(c, "calibrate")  # what is measured is what was foretold
     seen = c.table.statistics[hidden]
     for field in ("low", "high", "mean"):
         np.testing.assert_allclose(getattr(seen, field), getattr(followed, field), atol=1e-5)
+
+
+def test_all_blocks_get_one_scale() -> None:
+    c = compilation(vit(Sizes(depth=3, width=32, heads=2, hidden=48)), target=Tensorrt())
+    run_passes(c, str(pipeline_for(c.recipe, c.target)))
+    names = {mlp.fc2.name for mlp in c.annotations.mlps}
+    products = [node for node in c.graph.find("MatMul") if node.name in names]
+    scales = {float(value(producer(node.inputs[0]).inputs[1])) for node in products}  # type: ignore[union-attr]
+    assert (len(products), len(scales)) == (3, 1)
+    assert scales.pop() == pytest.approx(4 / 127, rel=1e-3)
 
 
 def test_a_layer_kept_in_float_and_a_shared_one_are_left_alone() -> None:
