@@ -12,7 +12,7 @@ from onnx import helper, numpy_helper
 from onnx.reference import ReferenceEvaluator
 
 from tests.builders import graph_of, run_model
-from vitq_compiler.quant import E4M3, QuantParams, QuantSpec, dequantize, fake_quantize, from_range, quantize
+from vitq_compiler.quant import E4M3, QuantParams, QuantSpec, anchor, dequantize, fake_quantize, from_range, quantize
 
 SPECS = [
     QuantSpec(),
@@ -146,7 +146,8 @@ def test_error_is_at_most_half_a_step_inside_the_range(spec: QuantSpec, limits: 
 @given(st.integers(2, 7), ranges, arrays(np.float32, array_shapes(max_dims=2), elements=floats))
 def test_anchored_codes_stand_for_the_values_of_asymmetric_ones(bits: int, limits: tuple[float, float], x: np.ndarray) -> None:
     """With zero for a zero point, in int8."""
-    plain, anchored = (from_range(np.float32(limits[0]), np.float32(limits[1]), QuantSpec(bits, anchored=a)) for a in (False, True))
+    plain = from_range(np.float32(limits[0]), np.float32(limits[1]), QuantSpec(bits))
+    anchored = anchor(plain)
     np.testing.assert_array_equal(fake_quantize(x, plain), fake_quantize(x, anchored))
     assert (int(anchored.zero_point), anchored.dtype, anchored.quant_max - anchored.quant_min) == (0, np.int8, 2**bits - 1)
     assert quantize(x, anchored).dtype == np.int8

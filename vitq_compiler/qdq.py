@@ -68,15 +68,14 @@ def quantized_weight(c: Compilation, edge: Edge, weight: NDArray[np.float32]) ->
 def quantize_activation(graph: Graph, tensor: Tensor, params: QuantParams) -> Tensor:
     """``tensor`` behind a QuantizeLinear and a DequantizeLinear with shared scale and zero point, and its curve around them.
 
-    Fewer than 8 bits are exact in the 8-bit container: a Clip to the values of the first and last code comes before.
+    Fewer than 8 bits are exact in the 8-bit container: a Clip to the values of the first and last code comes before; a curve ends
+    at the codes by itself where its container is unsigned.
     """
     if params.curve is not None:
         tensor = params.curve.emit(graph, tensor)
-    elif params.format == "int" and _has_spare_codes(params):
-        ends = [
-            graph.constant(f"{tensor.name}/{n}", dequantize(np.asarray(code), params))
-            for n, code in (("low", params.quant_min), ("high", params.quant_max))
-        ]
+    if params.format == "int" and (params.curve is None or params.signed) and _has_spare_codes(params):
+        values = {n: (code - params.zero_point) * params.scale for n, code in (("low", params.quant_min), ("high", params.quant_max))}
+        ends = [graph.constant(f"{tensor.name}/{n}", end.astype(np.float32)) for n, end in values.items()]
         tensor = graph.insert("Clip", [tensor, *ends], name=f"{tensor.name}/clip", like=tensor)
     scale = graph.constant(f"{tensor.name}/scale", params.scale)
     zero_point = graph.constant(f"{tensor.name}/zero_point", params.zero_point.astype(params.dtype))

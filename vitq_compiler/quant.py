@@ -11,7 +11,7 @@ operators (companding).
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import inf
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -181,11 +181,14 @@ def from_range(low: Float, high: Float, spec: QuantSpec, axis: int | None = None
         scale = (high - low) / codes
         with np.errstate(divide="ignore", invalid="ignore"):
             zero_point = np.where(scale > 0, np.clip(np.rint(spec.quant_min - low / scale), spec.quant_min, spec.quant_max), spec.quant_min)
-    steps, zeros = np.maximum(scale, smallest).astype(np.float32), zero_point.astype(np.int32)
-    if spec.anchored:
-        first, last = (end - int(zeros) for end in (spec.quant_min, spec.quant_max))
-        return QuantParams(steps, np.zeros_like(zeros), axis, first, last, signed=True)
-    return QuantParams(steps, zeros, axis, spec.quant_min, spec.quant_max)
+    return QuantParams(np.maximum(scale, smallest).astype(np.float32), zero_point.astype(np.int32), axis, spec.quant_min, spec.quant_max)
+
+
+def anchor(params: QuantParams) -> QuantParams:
+    """The same values from codes with zero for a zero point; see `QuantSpec.anchored`."""
+    zero_point = int(params.zero_point)
+    first, last = params.quant_min - zero_point, params.quant_max - zero_point
+    return replace(params, zero_point=np.zeros_like(params.zero_point), quant_min=first, quant_max=last, signed=True)
 
 
 def check_strength(strength: float) -> None:

@@ -12,7 +12,7 @@ from typing import ClassVar
 import numpy as np
 from numpy.typing import NDArray
 
-from vitq_compiler.quant import QuantParams, QuantSpec
+from vitq_compiler.quant import QuantParams, QuantSpec, anchor
 from vitq_compiler.registry import load
 
 Point = tuple[float, ...]
@@ -40,8 +40,13 @@ class Quantizer(ABC):
         """The point of the box that covers all values."""
 
     @abstractmethod
+    def spread(self, point: Point, low: float, high: float, spec: QuantSpec) -> QuantParams:
+        """The parameters at ``point`` of the box, zero where it comes to lie."""
+
     def place(self, point: Point, low: float, high: float, spec: QuantSpec) -> QuantParams:
-        """The parameters at ``point`` of the box."""
+        """The parameters at ``point`` of the box, anchored where ``spec`` says so."""
+        params = self.spread(point, low, high, spec)
+        return anchor(params) if spec.anchored else params
 
     def from_range(self, low: float, high: float, spec: QuantSpec) -> QuantParams:
         """The parameters that cover ``low`` to ``high``."""

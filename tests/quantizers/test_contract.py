@@ -19,6 +19,7 @@ OPTIONS = {
     "shifted-log": [{}, {"shift": 0.17}],
 }
 CASES = [(name, bits, options) for name in NAMES for bits in BITS for options in OPTIONS.get(name, [{}])]
+CASES += [(name, bits, options | {"anchored": True}) for name, bits, options in CASES if bits == 4 and not options.get("symmetric")]
 NAMED = pytest.mark.parametrize(("name", "bits", "options"), CASES, ids=str)
 GELU = (-0.17, 5.0)
 PROBABILITIES = (0.0, 1.0)

@@ -69,6 +69,15 @@ def test_few_bits_have_no_zero_points_and_lose_nothing_by_it(bits: str) -> None:
     assert {finding.rule.id for finding in target.check(c.graph)} == {"S08", "S09", "S23"}, "no error; the Clip after softmax is told"
 
 
+@pytest.mark.parametrize("name", ["repq-vit", "adalog", "dopq-vit", "ptq4vit"])
+def test_published_recipes_have_no_zero_points_either(name: str) -> None:
+    recipe, target = load_recipe(name), Tensorrt()
+    c = compilation(vit(SIZES), target=target, recipe=recipe)
+    run_passes(c, str(pipeline_for(recipe, target)))
+    assert not any(value(node.inputs[2]).any() for node in c.graph.find("QuantizeLinear", "DequantizeLinear"))
+    assert target.check(c.graph), "warnings that probabilities on a curve are slow, and no error, which would be raised"
+
+
 @pytest.mark.parametrize("dialect", DIALECTS.values(), ids=DIALECTS)
 @pytest.mark.parametrize(("version", "floats"), [("8.6", ""), ("10", ""), ("10", "fp32"), ("11", "fp16"), ("11", "bf16")])
 def test_the_contract(dialect: Dialect, version: str, floats: str) -> None:

@@ -26,7 +26,7 @@ class Affine(Quantizer):
     def start(self, low: float, high: float, spec: QuantSpec) -> Point:
         return (0.0,) * len(self.box(low, high, spec))
 
-    def place(self, point: Point, low: float, high: float, spec: QuantSpec) -> QuantParams:
+    def spread(self, point: Point, low: float, high: float, spec: QuantSpec) -> QuantParams:
         factors = iter(point * 2 if spec.symmetric else point)
         ends = [end * 2.0 ** next(factors) if end else 0.0 for end in (min(low, 0.0), max(high, 0.0))]
         return from_range(np.asarray(ends[0]), np.asarray(ends[1]), spec)

@@ -77,7 +77,7 @@ class Log(Quantizer):
         top = max(-4.0, log2(high)) if 0 < high < NEAR_ONE else 0.0
         return (top,) if spec.base else (OCTAVES / (2**spec.bits - 1), top)
 
-    def place(self, point: Point, low: float, high: float, spec: QuantSpec) -> QuantParams:
+    def spread(self, point: Point, low: float, high: float, spec: QuantSpec) -> QuantParams:
         exponent = log2(spec.base) if spec.base else max(1, round(point[0] * RESOLUTION)) / RESOLUTION
         last = 2**spec.bits - 1
         top = 2.0 ** point[-1]

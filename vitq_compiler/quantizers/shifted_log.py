@@ -73,7 +73,7 @@ class ShiftedLog(Quantizer):
             return (log2(0.01),)
         return (min(max(_spanning(spec.shift, max(low, -0.99 * spec.shift), high, spec), BASES[0]), BASES[1]), 0.0)
 
-    def place(self, point: Point, low: float, high: float, spec: QuantSpec) -> QuantParams:
+    def spread(self, point: Point, low: float, high: float, spec: QuantSpec) -> QuantParams:
         last = 2**spec.bits - 1
         if spec.shift:
             shift, top = spec.shift, (max(high, 1e-6) + spec.shift) * 2.0 ** point[1]

@@ -57,7 +57,7 @@ class Tan(Quantizer):
     def start(self, low: float, high: float, spec: QuantSpec) -> Point:
         return (0.5, 0.0)
 
-    def place(self, point: Point, low: float, high: float, spec: QuantSpec) -> QuantParams:
+    def spread(self, point: Point, low: float, high: float, spec: QuantSpec) -> QuantParams:
         last = 2**spec.bits - 1
         kappa, top = point[0], max(high, 1e-6) * 2.0 ** point[1]
         return QuantParams(scalar(tan(kappa) / last), code(0), None, 0, last, curve=TanCurve(kappa, top))

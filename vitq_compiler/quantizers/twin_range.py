@@ -59,7 +59,7 @@ class TwinRange(Quantizer):
     def start(self, low: float, high: float, spec: QuantSpec) -> Point:
         return (0.0, 0.0) if low < 0 else (-3.0,)
 
-    def place(self, point: Point, low: float, high: float, spec: QuantSpec) -> QuantParams:
+    def spread(self, point: Point, low: float, high: float, spec: QuantSpec) -> QuantParams:
         half, high = 2 ** (spec.bits - 1), max(high, 1e-6)
         if low < 0:
             knee, bottom, top = 0.0, low * 2.0 ** point[0], high * 2.0 ** point[1]
