@@ -3,8 +3,8 @@
 All graphs of a model are loaded into one process. After a warm-up, every round runs each of them once, starting with the
 next one each time, so that whatever else the machine does hits all alike. The figure to read is the median over the rounds
 of the ratio to the float run of the same round; the ratio of the fastest runs is beside it, and agrees on a quiet machine.
-The float graph is the raw export, as ONNX Runtime optimizes it with everything on. Several recipes, ``--recipe w8a8 repq-vit:w4a4``,
-are paired with the first of them too.
+The float graph is the raw export, as ONNX Runtime optimizes it with everything on. Several recipes, ``--recipe w8a8 repq-vit:w4a4
+best:w4a4:native`` (name, bits, storage), are paired with the first of them too.
 
 Weights are random (see benchmarks/models.py), which latency does not see: nothing here says anything about accuracy.
 """
@@ -44,7 +44,9 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--threads", type=int, default=1, metavar="N", help="of the runtime; 0 for all cores [1]")
     parser.add_argument("--rounds", type=int, default=15, metavar="N", help="timed runs of each graph [15]")
     parser.add_argument("--samples", type=int, default=32, metavar="N", help="calibration samples, built-in pictures [32]")
-    parser.add_argument("--recipe", nargs="+", default=["w8a8"], metavar="NAME[:BITS]", help="of vitq, such as repq-vit:w4a4 [w8a8]")
+    parser.add_argument(
+        "--recipe", nargs="+", default=["w8a8"], metavar="NAME[:BITS[:STORAGE]]", help="of vitq, such as repq-vit:w4a4 [w8a8]"
+    )
     parser.add_argument("--seed", type=int, default=0, help="of weights and built-in pictures [0]")
     parser.add_argument("--no-compare", action="store_true", help="leave out the graphs of onnxruntime.quantization")
 
@@ -73,14 +75,15 @@ def measure_model(name: str, exporter: str, options: argparse.Namespace) -> Tabl
         graphs, made = {"float": model}, {}
         for text in options.recipe:
             say(f"{name}: compile with {text} ...")
-            recipe, _, bits = text.partition(":")
+            recipe, bits, storage = (*text.split(":"), "", "")[:3]
             label = "vitq" if len(options.recipe) == 1 else f"vitq {text}"
             graphs[label] = folder / f"{len(graphs)}.onnx"
-            chosen = {"recipe": recipe, "bits": bits or None, "samples": options.samples, "preprocess": "imagenet", "seed": options.seed}
-            made[label] = compile(model, graphs[label], **chosen)
+            chosen = {"recipe": recipe, "bits": bits or None, "storage": storage or None}
+            made[label] = compile(model, graphs[label], **chosen, samples=options.samples, preprocess="imagenet", seed=options.seed)
         if not options.no_compare:
             feeds = calibration_feeds(model, None, "imagenet", options.samples, options.seed)
             graphs |= quantize_all(model, folder, lambda: feeds)
+        sizes = {graph: path.stat().st_size / 1e6 for graph, path in graphs.items()}
         inputs = Graph.from_proto(read_model(model)).inputs
         sessions = {graph: runtime.session(path, threads=options.threads) for graph, path in graphs.items()}
         settle = 0.0 if options.threads == 1 else SETTLE_SECONDS
@@ -91,10 +94,10 @@ def measure_model(name: str, exporter: str, options: argparse.Namespace) -> Tabl
             runs = {graph: partial(session.run, None, feed) for graph, session in sessions.items()}
             times = time_paired(runs, options.rounds, settle)
             first = {r.name: r.ratio for r in ratios(times, next(iter(made)))}
-            rows += [(batch, r.name, r.median_ms, r.ratio, r.minima, first[r.name]) for r in ratios(times, "float")]
+            rows += [(batch, r.name, r.median_ms, r.ratio, r.minima, sizes[r.name], first[r.name]) for r in ratios(times, "float")]
     origin = f"{exporter} export, opset {OPSETS[exporter]}" if not name.endswith(".onnx") else "file"
     threads = f"{options.threads or 'all'} thread{'s' * (options.threads != 1)}"
-    columns = ("batch", "graph", "median ms", "median ratio", "ratio of minima", f"ratio to {next(iter(made))}")
+    columns = ("batch", "graph", "median ms", "median ratio", "ratio of minima", "file, MB", f"ratio to {next(iter(made))}")
     several = len(made) > 1
     return Table(
         f"Latency of {Path(name).stem} ({origin}), {threads}, {options.rounds} rounds",
@@ -104,7 +107,7 @@ def measure_model(name: str, exporter: str, options: argparse.Namespace) -> Tabl
             f"{label}: {report.integer} of {len(report.linears)} Linear layers (patch embedding included) run in integer kernels."
             for label, report in made.items()
         ),
-        dict.fromkeys(columns[3:], ".3f"),
+        dict.fromkeys((*columns[3:5], columns[-1]), ".3f"),
     )
 
 

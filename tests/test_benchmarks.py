@@ -233,10 +233,23 @@ def test_latency_of_a_tiny_model(tiny: Path, tmp_path: Path, capsys: pytest.Capt
 def test_recipes_are_paired_with_the_first(tiny: Path) -> None:
     parser = argparse.ArgumentParser()
     latency.add_options(parser)
-    words = ["--models", str(tiny), "--batches", "1", "--rounds", "3", "--samples", "4", "--recipe", "w8a8", "fq-vit:w3a3", "--no-compare"]
+    words = [
+        "--models",
+        str(tiny),
+        "--batches",
+        "1",
+        "--rounds",
+        "3",
+        "--samples",
+        "4",
+        "--recipe",
+        "w8a8",
+        "fq-vit:w3a3:native",
+        "--no-compare",
+    ]
     (table,) = latency.measure(parser.parse_args(words))
     assert table.columns[-1] == "ratio to vitq w8a8"
-    assert [row[1] for row in table.rows] == ["float", "vitq w8a8", "vitq fq-vit:w3a3"]
+    assert [row[1] for row in table.rows] == ["float", "vitq w8a8", "vitq fq-vit:w3a3:native"]
     assert table.rows[1][-1] == 1
     assert [note.partition(":")[0] for note in table.notes] == ["vitq w8a8", "vitq fq-vit"]
 
