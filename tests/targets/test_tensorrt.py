@@ -283,6 +283,13 @@ def test_ada_fuses_small_attention_of_8_bit_floats(
     )
 
 
+@pytest.mark.parametrize(("capability", "warned"), [(None, True), (8.9, False)])
+def test_8_bit_floats_for_a_gpu_that_is_not_named(capability: float | None, warned: bool) -> None:
+    c = compiled(Tensorrt(compute_capability=capability), attention="fp8")
+    told = "8-bit floats need a GPU of compute capability 8.9 or above; --compute-capability checks yours"
+    assert (told in c.warnings) == warned
+
+
 def test_attention_in_8_bit_floats_between_integer_products() -> None:
     c = compiled(Tensorrt(compute_capability=8.9), attention="fp8")
     (attention,) = c.annotations.attentions

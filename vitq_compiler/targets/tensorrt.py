@@ -137,6 +137,8 @@ class Tensorrt(Target):
 
     def lower(self, c: Compilation) -> int:
         """What the version needs."""
+        if self.compute_capability is None and any(params.format == "e4m3" for params in c.params.values()):
+            c.warnings.append(f"8-bit floats need a GPU of compute capability {FP8_GPU} or above; --compute-capability checks yours")
         if self.version != "8.6":
             return lower_opset(c.graph, self.opset)
         changes = _quantize_weights(c.graph) + lower_opset(c.graph, OLD_OPSET)
