@@ -22,7 +22,9 @@ installed = pytest.mark.skipif(not judges.available(), reason="TensorRT-RTX is n
 
 def layer(name: str, kind: str, inputs: str, constants: str, outputs: str) -> str:
     def tensors(types: str) -> str:
-        return ", ".join(f"{{ Name: t, Dimensions: [1], Datatype: {t}, Format: (Linear) }}" for t in types.split())
+        """``Half:a``: of that type and name."""
+        pairs = [(t.partition(":")[0], t.partition(":")[2] or "t") for t in types.split()]
+        return ", ".join(f"{{ Name: {n}, Dimensions: [1], Datatype: {t}, Format: (Linear) }}" for t, n in pairs)
 
     return (
         f"Name: {name}, LayerType: {kind}, Inputs: [{tensors(inputs)}], Constants: [{tensors(constants)}], "
@@ -30,23 +32,22 @@ def layer(name: str, kind: str, inputs: str, constants: str, outputs: str) -> st
     )
 
 
-LATE = "{ Name: __mye12_folded_matmul_myl0, Dimensions: [1,576], Datatype: Half, Format: (Linear) }"
-
-
 def test_layers_of_a_log() -> None:
     log = [
         "some words",
-        layer("fc_0", "gemm", "Int8", "Int8 Float", "Half") + "\n" + layer("fc_1", "runtime_fusion", "Int8 Half", "", "Half"),
+        layer("fc_0", "gemm", "Int8", "Int8 Float", "Half:a") + "\n" + layer("fc_1", "runtime_fusion", "Int8 Half", "", "Half:b"),
         layer("_gemm_mha_v2_myl0_8", "kgen", "Half Half Half", "", "Int8"),
-        layer("__myl_AddMul_3", "kgen", "Half", "", "Int8").replace("Constants: []", f"Constants: [{LATE}]"),
+        layer("__myl_MulAdd_3", "kgen", "Half:a Half:c", "Half:__mye12_folded_matmul_myl0", "Int8"),
+        layer("__myl_MulAdd_4", "kgen", "Half:a", "Half:__mye13_folded_matmul_myl0 Half", "Half:c"),
+        layer("__myl_MulAdd_5", "kgen", "Half:b", "Float:__mye14_folded_matmul_myl0 Half", "Half"),
         layer("shape", "shape_call", "", "", ""),
     ]
     attention, products, others, unscaled = read_layers(log)
     assert attention == {"Half/Half/Half->Int8": 1}
     assert products == {"Int8 x Int8->Half": 1, "Int8 x Half->Half": 1}
-    assert (others, unscaled) == (1, 1)
+    assert (others, unscaled) == (3, 1)
     verdict = Verdict("c", "8.0", True, True, (), (), attention, products, others, 1, unscaled)
-    assert (verdict.fused, verdict.integer, verdict.kernels) == (1, 1, 4)
+    assert (verdict.fused, verdict.integer, verdict.kernels) == (1, 1, 6)
 
 
 def test_a_missing_compiler(monkeypatch: pytest.MonkeyPatch) -> None:

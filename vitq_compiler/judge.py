@@ -22,7 +22,7 @@ HINT = "pip install tensorrt-rtx-cu12-libs tensorrt-rtx-cu12-bindings (NVIDIA's 
 CAPABILITIES = ("7.5", "8.0", "8.6", "8.9", "12.0", "12.1")
 DEFAULT_CAPABILITY = "8.0"
 BATCHES = (1, 8, 32)  # least, usual and most, where the graph leaves the batch open
-LATE_SCALE = r"Name: (\w*folded_matmul\w*), [^{}]*Datatype: Half"  # a constant of the kernel behind a product
+LATE_SCALE = r"Name: \w*folded_matmul\w*, [^{}]*Datatype: Half"  # a constant of the kernel behind a product
 PRODUCTS = frozenset({"gemm", "runtime_fusion", "correlation", "fusion"})  # kinds of layers that multiply matrices
 
 
@@ -141,12 +141,12 @@ def read_layers(lines: Any) -> tuple[dict[str, int], dict[str, int], int, int]:
     attention: Counter[str] = Counter()
     products: Counter[str] = Counter()
     others = 0
-    late: set[str] = set()
+    produced: set[str] = set()
+    scaled: set[str] = set()
     for line in (line for text in lines for line in text.splitlines() if line.startswith("Name: ")):
         kind = re.search(r"LayerType: (\w+)", line)
         if kind is None:
             continue
-        late.update(re.findall(LATE_SCALE, line))
         before, _, after = line.partition("Outputs:")
         activations, _, constants = before.partition("Constants:")
         written = "/".join(_types(after.partition("TacticName")[0]))
@@ -155,13 +155,20 @@ def read_layers(lines: Any) -> tuple[dict[str, int], dict[str, int], int, int]:
         elif kind[1] in PRODUCTS:
             operands = _types(activations)[:1] + (_types(constants)[:1] or _types(activations)[1:2])
             products[f"{' x '.join(operands)}->{written}"] += 1
+            produced.update(_names(after))
         elif kind[1] == "kgen":
             others += 1
-    return dict(attention), dict(products), others, len(late)
+            if re.search(LATE_SCALE, constants):
+                scaled.update(_names(activations))
+    return dict(attention), dict(products), others, len(produced & scaled)
 
 
 def _types(text: str) -> list[str]:
     return re.findall(r"Datatype: (\w+)", text)
+
+
+def _names(text: str) -> list[str]:
+    return re.findall(r"{ Name: ([^,]+),", text)
 
 
 def _one_line(text: str) -> str:
