@@ -20,12 +20,12 @@ def linear(seed: int = 0) -> tuple[losses.Suffix, list[torch.Tensor], torch.Tens
 
 def assert_near(found: torch.Tensor, expected: torch.Tensor) -> None:
     """As near as the mean of so many samples comes."""
-    torch.testing.assert_close(found, expected, atol=0.05 * float(expected.abs().max()), rtol=0)
+    torch.testing.assert_close(found, expected, atol=0.1 * float(expected.abs().max()), rtol=0)
 
 
 def test_probes_sample_the_fisher_matrix() -> None:
     suffix, results, fisher = linear()
-    (found,) = losses.probes(suffix, results, seed=1, count=20000)
+    (found,) = losses.probes(suffix, results, seed=1, count=4000)
     assert_near(torch.einsum("ksi,ksj->sij", found, found) / len(found), fisher)
 
 
@@ -51,7 +51,7 @@ def test_only_its_own_result_is_nudged_for_the_hessian() -> None:
 
 def test_several_heads_add_up() -> None:
     suffix, results, fisher = linear()
-    (found,) = losses.probes(lambda nudges: [*suffix(nudges), *suffix(nudges)], results, seed=1, count=20000)
+    (found,) = losses.probes(lambda nudges: [*suffix(nudges), *suffix(nudges)], results, seed=1, count=4000)
     assert_near(torch.einsum("ksi,ksj->sij", found, found) / len(found), 2 * fisher)
 
 
