@@ -4,7 +4,8 @@
 
 x are the inputs in the float graph, x' those behind all quantizers and compensated layers before; V has a closed form (ridge
 regression; first step of ERQ, arXiv 2407.06794, reconstruction of RepQuant, arXiv 2402.05628). ``strength`` is in parts of
-the mean energy of an input, so that one number serves all layers. Scales of the new weight are computed afresh. An output
+the mean energy of an input, so that one number serves all layers; with ``validated`` each layer gets the one with which half of the
+batches serves the other half best (and half of it, for twice the samples). Scales of the new weight are computed afresh. An output
 whose error, weights rounded, would not shrink keeps its old weight.
 """
 
@@ -22,6 +23,8 @@ from vitq_compiler.quant import Edge, QuantParams, fake_quantize
 from vitq_compiler.repair import Target, set_bias, sweep
 from vitq_compiler.weight_scales import fit_scales
 
+STRENGTHS = (0.1, 0.3, 1.0, 3.0, 10.0, 100.0)  # of which ``validated`` takes one; the last changes hardly anything
+
 
 @dataclass(frozen=True)
 class CompensateWeights(Pass):
@@ -30,6 +33,7 @@ class CompensateWeights(Pass):
     name = "compensate-weights"
     requires = frozenset({Fact.QPARAMS})
     strength: float = 0.5
+    validated: bool = False
 
     def __post_init__(self) -> None:
         if not self.strength >= 0:
@@ -39,7 +43,7 @@ class CompensateWeights(Pass):
         def compensate(linear: Linear, target: Target, moments: Moments) -> None:
             edge = Edge(linear.name, 1)
             old = c.params[edge]
-            weight = moments.regress(target.weight, self.strength)
+            weight = moments.regress(target.weight, self._strength(target, moments))
             new = fit_scales(weight, c.specs[edge], np.diag(moments.other_covariance))
             quantized = fake_quantize(weight, new).astype(np.float64), fake_quantize(value(linear.weight), old).astype(np.float64)
             errors = [moments.error(target.weight, q) for q in quantized]
@@ -49,7 +53,18 @@ class CompensateWeights(Pass):
             c.rounding.pop(edge, None)
             set_bias(linear, target.bias + moments.bias_offset(target.weight, np.where(kept, quantized[1], quantized[0])))
 
-        return sweep(c, compensate, "compensating")
+        return sweep(c, compensate, "compensating", halves=self.validated)
+
+    def _strength(self, target: Target, moments: Moments) -> float:
+        """The given one, unless it is to be chosen and there are two batches to do so."""
+        if moments.halves is None:
+            return self.strength
+        one, two = moments.halves
+
+        def error(strength: float) -> float:
+            return sum(float(b.error(target.weight, a.regress(target.weight, strength)).sum()) for a, b in ((one, two), (two, one)))
+
+        return min(STRENGTHS, key=error) / 2
 
 
 def choose(which: np.ndarray, first: QuantParams, second: QuantParams) -> QuantParams:

@@ -61,3 +61,16 @@ def test_the_affine_is_the_best_factor() -> None:
     np.testing.assert_allclose(moments(X).affine(W, W), 1, rtol=1e-6)
     np.testing.assert_allclose(m.affine(W, 5 * W), 0.5)
     np.testing.assert_allclose(m.affine(W, 0 * W), 1)
+
+
+def test_halves_are_every_other_batch() -> None:
+    random = np.random.default_rng(0)
+    pairs = [tuple(random.standard_normal((2, 5, 3)).astype(np.float32) for _ in range(2)) for _ in range(5)]
+    whole, plain = Moments.gather(pairs, halves=True), Moments.gather(pairs)  # type: ignore[arg-type]
+    assert plain.halves is None
+    assert whole.halves is not None
+    assert [part.rows for part in whole.halves] == [30, 20]
+    for found, expected in ((whole.halves[0], Moments.gather(pairs[::2])), (whole.halves[1], Moments.gather(pairs[1::2])), (whole, plain)):  # type: ignore[arg-type]
+        for a, b in zip(found.sums, expected.sums, strict=True):
+            np.testing.assert_allclose(a, b, rtol=1e-6, atol=1e-6)
+    assert Moments.gather(pairs[:1], halves=True).halves is None  # type: ignore[arg-type]

@@ -11,7 +11,7 @@ and memory does not grow with their number.
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import numpy as np
@@ -29,21 +29,24 @@ class Moments:
     Attributes:
         rows: number of pairs (x, x').
         sums: sums of x, x', x^T x, x'^T x and x'^T x'.
+        halves: the same of every other batch, and of those between; only where asked for, and there are two batches.
     """
 
     rows: int
     sums: tuple[Matrix, Matrix, Matrix, Matrix, Matrix]
+    halves: tuple[Moments, Moments] | None = None
 
     @classmethod
-    def gather(cls, pairs: Iterable[tuple[NDArray[np.float32], NDArray[np.float32]]]) -> Moments:
+    def gather(cls, pairs: Iterable[tuple[NDArray[np.float32], NDArray[np.float32]]], *, halves: bool = False) -> Moments:
         """Sum over batches of (x, x'), each of shape [samples, ..., inputs]; equal rows belong together."""
-        total: Moments | None = None
-        for x, other in pairs:
+        totals: list[Moments] = []
+        for number, (x, other) in enumerate(pairs):
             part = cls._of(x.reshape(-1, x.shape[-1]), other.reshape(-1, x.shape[-1]))
-            total = part if total is None else total + part
-        if total is None:
+            place = number % 2 if halves else 0
+            totals[place : place + 1] = [totals[place] + part] if place < len(totals) else [part]
+        if not totals:
             raise ValueError("moments of no samples")
-        return total
+        return totals[0] if len(totals) < 2 else replace(totals[0] + totals[1], halves=(totals[0], totals[1]))
 
     @classmethod
     def _of(cls, x: NDArray[np.float32], other: NDArray[np.float32]) -> Moments:

@@ -79,11 +79,11 @@ def quantized_part(c: Compilation, stage: Stage) -> Graph:
     return part
 
 
-def sweep(c: Compilation, repair: Repair, label: str) -> int:
+def sweep(c: Compilation, repair: Repair, label: str, *, halves: bool = False) -> int:
     """Call ``repair`` for every quantized layer, first to last; returns their number.
 
     The moments are of the inputs in the float graph and of the quantized inputs behind all repaired layers before. q, k and v,
-    which read the same tensor, share them.
+    which read the same tensor, share them. With ``halves`` they have those of every other batch too.
     """
     floating, wanted, linears = reference(c), targets(c), repairable(c)
     cut = stages(c.graph, linears)
@@ -102,7 +102,7 @@ def sweep(c: Compilation, repair: Repair, label: str) -> int:
         for linear in stage.linears:
             key = linear.input.name, str(c.params.get(Edge(linear.name, 0)))
             if key not in shared:
-                shared[key] = Moments.gather(_rounded(c, linear, inputs))
+                shared[key] = Moments.gather(_rounded(c, linear, inputs), halves=halves)
             repair(linear, wanted[linear.name], shared[key])
             changes += 1
     return changes

@@ -6,8 +6,11 @@ import pytest
 from tests.builders import Batches, Sizes, compilation, feed_of, find_pass, run_model, run_passes, vit
 from vitq_compiler.graph import value
 from vitq_compiler.metrics import sqnr
+from vitq_compiler.moments import Moments
+from vitq_compiler.passes.compensate_weights import STRENGTHS, CompensateWeights
 from vitq_compiler.pipeline import Compilation
 from vitq_compiler.qdq import simulate
+from vitq_compiler.repair import Target
 
 FRONT = "canonicalize,recover-layernorm,recover-gelu,separate-linears,annotate,calibrate,compute-qparams"
 
@@ -63,3 +66,32 @@ def test_layers_without_a_bias_get_one() -> None:
 def test_a_negative_strength_is_refused() -> None:
     with pytest.raises(ValueError, match="strength must be at least 0, got -1"):
         find_pass("compensate-weights")(strength=-1.0)
+
+
+@pytest.mark.parametrize("rows", [20, 2000])
+def test_the_strength_is_the_one_for_unseen_samples(rows: int) -> None:
+    """Few samples want a strong hold on the old weight, many a weak one."""
+    random = np.random.default_rng(0)
+    target = Target(random.standard_normal((32, 8)), np.zeros(8))
+
+    def pairs(count: int) -> list[tuple[np.ndarray, np.ndarray]]:
+        x = random.standard_normal((2, count, 32)).astype(np.float32)
+        return [(one, one + 0.7 * random.standard_normal(one.shape).astype(np.float32)) for one in x]
+
+    seen, unseen = Moments.gather(pairs(rows), halves=True), Moments.gather(pairs(20_000))
+    errors = {strength: unseen.error(target.weight, seen.regress(target.weight, strength)).sum() for strength in STRENGTHS}
+    chosen = CompensateWeights(validated=True)._strength(target, seen)
+    assert (chosen >= 0.5) == (rows == 20)
+    assert unseen.error(target.weight, seen.regress(target.weight, chosen)).sum() < 1.1 * min(errors.values())
+    assert max(errors.values()) > 1.3 * min(errors.values())
+
+
+def test_without_a_second_batch_the_given_strength_holds() -> None:
+    weights = []
+    for validated in (False, True):
+        c = prepared()
+        c.data = Batches(c.graph.inputs, batches=1, batch_size=8)
+        find_pass("compensate-weights")(strength=0.7, validated=validated).run(c)
+        weights.append([value(linear.weight) for linear in c.annotations.linears])
+    for one, other in zip(*weights, strict=True):
+        np.testing.assert_array_equal(one, other)
