@@ -37,7 +37,8 @@ def test_lowers_every_quantized_linear() -> None:
     run_passes(c, PREPARED)
     quantized = [linear for linear in c.annotations.linears if linear.role != "head"]
     sums, moved = 3, 5  # Add before each LayerNormalization; Sum, LayerNormalization, Gelu, Sum, LayerNormalization on rows
-    assert changes_of(c, "legalize") == len(quantized) + sums + moved == 13
+    merged = 3  # of q, k and v: from rows to heads at once
+    assert changes_of(c, "legalize") == len(quantized) + sums + moved + merged == 16
     assert ops(c.graph).count("Gemm") == len(quantized) == 5
     assert ops(c.graph).count("Sum") == sums
 
