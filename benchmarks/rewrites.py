@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from vitq_compiler.recipe import Recipe
 
 NAMES = ("shipped", "vit_s14_cifar10", "dinov2s_cifar10", "svtr_ocr")
-ROTATED = "fold-layernorm-affine,rotate-residual"
+ROTATED = "rotate-residual"
 CENTRED = "center-keys,center-values"
 FOLD = "reparameterize-layernorm"
 # Name of a row -> passes before calibration, passes after it. "fold" is that of channel ranges into LayerNormalization.

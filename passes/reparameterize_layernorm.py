@@ -10,6 +10,8 @@ S       ``common=mean`` of s (RepQ-ViT), or ``median`` (DopQ-ViT, arXiv 2408.032
 Z       the middle code of the readers' quantizers: a symmetric one, which has no zero point, then loses nothing
 r1      ``strength`` 1 is RepQ-ViT; below 1 less of the spread goes into the weight (SmoothQuant, arXiv 2211.10438); with ``limit``
         its largest element is at most so many times the smallest
+        (with ``spread`` all stays where the widest channel is less than so many times the median one, as after rotate-residual:
+        what is even already is only made worse at 8 bits)
 r2      zero with ``center=false`` (the scales alone move, as in SmoothQuant), and for RMSNormalization, which has no b
 
 Precondition: Linear layers read the output, directly or through layout operations and means of tokens (windows, patch merging,
@@ -50,13 +52,14 @@ class ReparameterizeLayernorm(Pass):
     common: str = "mean"
     limit: float = inf
     center: bool = True
+    spread: float = 1.0
 
     def __post_init__(self) -> None:
         check_strength(self.strength)
         if self.common not in get_args(Common):
             raise ValueError(f"common must be mean or median, got {self.common}")
-        if not self.limit >= 1:
-            raise ValueError(f"limit must be at least 1, got {self.limit}")
+        if not (self.limit >= 1 and self.spread >= 1):
+            raise ValueError(f"limit and spread must be at least 1, got {self.limit} and {self.spread}")
 
     def run(self, c: Compilation) -> int:
         changes = 0
@@ -76,8 +79,11 @@ class ReparameterizeLayernorm(Pass):
         width = node.outputs[0].shape[-1]
         inputs = {linear.input.name: linear.in_features // width for linear in linears if linear.input.name in c.table.statistics}
         seen = [part for name, copies in inputs.items() for part in c.table.statistics[name].split(copies)]
+        together = reduce(ChannelStatistics.merge, seen)
+        if (spread := _spread(together)) < self.spread:
+            raise MatchFailure(f"its widest channel is but {spread:.2g} times the median one")
         rule = self if node.op == "LayerNormalization" else replace(self, center=False)
-        shift, scale = rule.factors(reduce(ChannelStatistics.merge, seen), specs[0])
+        shift, scale = rule.factors(together, specs[0])
         fold(c.graph, node, linears, shift, scale)
         for name, copies in inputs.items():
             c.table.rescale(name, np.tile(scale, copies), np.tile(shift, copies))
@@ -92,6 +98,13 @@ class ReparameterizeLayernorm(Pass):
         step = live / codes
         shift = step * (np.rint(-seen.low / step) - middle)
         return shift.astype(np.float32), scale
+
+
+def _spread(seen: ChannelStatistics) -> float:
+    """The width of the widest channel over that of the median one; infinite where the median one never changes."""
+    widths = seen.high - seen.low
+    middle = float(np.median(widths))
+    return float(widths.max()) / middle if middle > 0 else inf
 
 
 def fold(graph: Graph, node: Node, linears: list[Linear], shift: Vector, scale: Vector) -> None:

@@ -8,8 +8,9 @@ LayerNorm into RMSNorm to get there; the condition R 1 = 1 makes that needless, 
 keeps ones too.) R is a Hadamard matrix with random signs, reflected so that it keeps ones. Writers are patch embedding, class
 token, position embeddings, proj, fc2; readers are what follows the LayerNormalizations.
 
-Precondition: nothing else reads or writes the stream, and its LayerNormalizations scale all channels alike: run
-fold-layernorm-affine and fold-layer-scale before.
+Scale and shift of the normalizations go into their readers first, as fold-layernorm-affine does it everywhere.
+
+Precondition: nothing else reads or writes the stream, and nothing but Linear layers its normalizations; run fold-layer-scale before.
 """
 
 from __future__ import annotations
@@ -18,9 +19,10 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from vitq_compiler.blocks.residual import Stream, find_streams
+from vitq_compiler.blocks.residual import Stream, find_streams, fold_affine, only_normalizes, readers_of_norm
 from vitq_compiler.graph import value
 from vitq_compiler.orthogonal import apply_along, keeping_ones, random_orthogonal
+from vitq_compiler.pattern import MatchFailure
 from vitq_compiler.pipeline import Compilation, Fact, Pass
 
 
@@ -37,8 +39,12 @@ class RotateResidual(Pass):
     def run(self, c: Compilation) -> int:
         changes = 0
         for index, stream in enumerate(find_streams(c.graph, c.annotations.linears)):
-            if reason := _obstacle(stream):
-                self.note(c, stream.norms[0].name, f"the residual stream of width {stream.width} is not rotated: {reason}")
+            try:
+                if stream.refusal:
+                    raise MatchFailure(stream.refusal)
+                _fold_affines(c, stream)
+            except MatchFailure as failure:
+                self.note(c, stream.norms[0].name, f"the residual stream of width {stream.width} is not rotated: {failure.reason}")
                 continue
             random = np.random.default_rng((self.seed, index))
             rotation = keeping_ones(random_orthogonal(stream.width, random))
@@ -48,15 +54,13 @@ class RotateResidual(Pass):
         return changes
 
 
-def _obstacle(stream: Stream) -> str:
-    """Why the stream must stay as it is, or an empty string."""
-    if stream.refusal:
-        return stream.refusal
-    for norm in stream.norms:
-        if not all(_uniform(value(t)) for t in norm.inputs[1:]):
-            return f"{norm.op} {norm.name} scales or shifts each channel in its own way"
-    return ""
-
-
-def _uniform(array: np.ndarray) -> bool:
-    return bool((array == array.flat[0]).all())
+def _fold_affines(c: Compilation, stream: Stream) -> None:
+    """Let every normalization of the stream only normalize; refuse before any is touched."""
+    left = [norm for norm in stream.norms if not only_normalizes(norm)]
+    for norm in left:
+        try:
+            readers_of_norm(c.graph, norm, c.annotations.linears)
+        except MatchFailure as failure:
+            raise MatchFailure(f"{norm.op} {norm.name} scales or shifts each channel in its own way, and {failure.reason}") from None
+    for norm in left:
+        fold_affine(c.graph, norm, c.annotations.linears)

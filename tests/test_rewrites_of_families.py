@@ -17,7 +17,7 @@ TOLERANCE = 1e-4
 PASSES = {
     "fold-attention-scale": "fold-attention-scale",
     "fold-layernorm-affine": "fold-layernorm-affine",
-    "rotate-residual": "fold-layernorm-affine,rotate-residual",
+    "rotate-residual": "rotate-residual",
     "rotate-heads": "rotate-heads",
     "center-keys": "center-keys",
     "center-values": "center-values",

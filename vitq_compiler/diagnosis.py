@@ -54,7 +54,7 @@ class Rewrite:
 
 
 REWRITES: Mapping[str, Rewrite] = {
-    "rotate-residual": Rewrite("fold-layernorm-affine,rotate-residual", ("kurtosis", "peak", "spread")),
+    "rotate-residual": Rewrite("rotate-residual", ("kurtosis", "peak", "spread")),
     "rotate-heads": Rewrite("rotate-heads", ("kurtosis", "peak", "spread")),
     "center-keys": Rewrite("center-keys", ("offset",)),
     "center-values": Rewrite("center-values", ("offset",)),

@@ -68,8 +68,8 @@ def apply_along(array: NDArray[Any], axis: int, matrix: Matrix) -> NDArray[np.fl
 
     The same contraction writes x R and lets a reader undo it: for orthogonal R, (x R) (R' W) = x W.
     """
-    last = np.moveaxis(array.astype(np.float64), axis, -1)
-    turned = (last.reshape(*last.shape[:-1], -1, len(matrix)) @ matrix).reshape(last.shape)
+    last = np.moveaxis(array.astype(np.float32), axis, -1)
+    turned = (last.reshape(*last.shape[:-1], -1, len(matrix)) @ matrix.astype(np.float32)).reshape(last.shape)
     return np.ascontiguousarray(np.moveaxis(turned, -1, axis), np.float32)
 
 

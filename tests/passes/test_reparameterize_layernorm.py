@@ -180,12 +180,24 @@ def test_a_limit_of_the_factors(limit: float, strength: float) -> None:
     assert (np.argsort(bounded) == np.argsort(free)).all() or limit == 1
 
 
+@pytest.mark.parametrize("spread", [1.0, 5.0, 100.0, 1e4])
+def test_even_channels_are_left_alone(spread: float) -> None:
+    c = observed()
+    widths = c.table.statistics["a"].high - c.table.statistics["a"].low
+    ratio = widths.max() / np.median(widths)
+    assert 5 < ratio < 100
+    assert rewritten(c, spread=spread) == (ratio >= spread)
+    if ratio < spread:
+        assert c.notes[0].reason == f"LayerNormalization keeps its ranges: its widest channel is but {ratio:.2g} times the median one"
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
         ({"common": "largest"}, "common must be mean or median, got largest"),
-        ({"limit": 0.5}, "limit must be at least 1, got 0.5"),
-        ({"limit": float("nan")}, "limit must be at least 1, got nan"),
+        ({"limit": 0.5}, "limit and spread must be at least 1, got 0.5 and 1.0"),
+        ({"limit": float("nan")}, "must be at least 1, got nan"),
+        ({"spread": 0.9}, "must be at least 1, got inf and 0.9"),
     ],
 )
 def test_refuses_other_options(options: dict[str, Any], message: str) -> None:

@@ -23,6 +23,7 @@ from tests.builders import (
 from tests.swin import SwinSizes, swin
 from tests.test_parity import REWRITES, TOLERANCE, dialects, sizes
 from vitq_compiler.annotations import understand
+from vitq_compiler.blocks.residual import only_normalizes
 from vitq_compiler.graph import Graph, value
 from vitq_compiler.pipeline import Compilation, _build
 
@@ -86,13 +87,23 @@ def test_a_seed_gives_another_basis() -> None:
     assert not np.allclose(weights[0], weights[2])
 
 
-def test_an_affine_that_is_left_forbids_it() -> None:
+def test_affines_are_folded_on_the_way() -> None:
     c = prepared(vit())
-    assert rewritten(c, "rotate-residual") == 0
-    note = c.notes[-1]
-    assert note.where == c.graph.find("LayerNormalization")[0].name
-    assert note.reason.startswith("the residual stream of width 8 is not rotated: LayerNormalization ")
-    assert note.reason.endswith(" scales or shifts each channel in its own way")
+    assert not any(map(only_normalizes, c.graph.find("LayerNormalization")))
+    assert rewritten(c, "rotate-residual") == 1
+    assert all(map(only_normalizes, c.graph.find("LayerNormalization")))
+
+
+def test_an_affine_that_must_stay_forbids_it() -> None:
+    """The LayerNormalization of patches writes the stream: that stage stays as it is, affines and all."""
+    c = prepared(swin(SwinSizes(grid=8, embed_norm=True)))
+    assert rewritten(c, "rotate-residual") == 1
+    first, *others = c.graph.find("LayerNormalization")
+    (note,) = [note for note in c.notes if note.stage == "rotate-residual"]
+    assert note.where == first.name
+    assert note.reason.startswith(f"the residual stream of width 8 is not rotated: LayerNormalization {first.name} scales or shifts")
+    assert note.reason.endswith(" reads it")
+    assert [only_normalizes(norm) for norm in others] == [value(norm.inputs[1]).size == 16 for norm in others]
 
 
 @pytest.mark.parametrize("merging", ["reshape", "slices"])

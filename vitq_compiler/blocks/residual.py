@@ -10,10 +10,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+import numpy as np
+
 from vitq_compiler.blocks.channels import CARRIERS, REARRANGING, carry
-from vitq_compiler.blocks.linear import Linear
+from vitq_compiler.blocks.linear import Linear, absorb
 from vitq_compiler.blocks.normalization import NORMS
-from vitq_compiler.graph import Graph, Node, Tensor, is_constant, producer, readers
+from vitq_compiler.graph import Graph, Node, Tensor, is_constant, producer, readers, value
 from vitq_compiler.pattern import MatchFailure
 
 
@@ -82,6 +84,27 @@ def readers_of_norm(graph: Graph, node: Node, linears: Sequence[Linear]) -> list
     if stream.refusal:
         raise MatchFailure(stream.refusal, node.name)
     return stream.linears
+
+
+def only_normalizes(node: Node) -> bool:
+    """Whether a normalization has scales of one and shifts of zero."""
+    return bool((value(node.inputs[1]) == 1).all()) and not any(value(t).any() for t in node.inputs[2:])
+
+
+def fold_affine(graph: Graph, node: Node, linears: Sequence[Linear]) -> None:
+    """Move the scale and shift of a normalization into its readers: LN(u; g, b) W + c -> LN(u; 1, 0) (diag(g) W) + (c + b W).
+
+    Raises:
+        MatchFailure: as `readers_of_norm`; the graph is as it was.
+    """
+    gamma = value(node.inputs[1])
+    beta = value(node.inputs[2]) if len(node.inputs) > 2 else np.zeros_like(gamma)
+    for linear in readers_of_norm(graph, node, linears):
+        copies = linear.in_features // len(gamma)
+        absorb(graph, linear, -np.tile(beta, copies), np.tile(gamma, copies))
+    node.inputs[1].values = np.ones_like(gamma)
+    if len(node.inputs) > 2:
+        node.inputs[2].values = np.zeros_like(beta)
 
 
 class _Search:
