@@ -42,6 +42,7 @@ REWRITES = {
     "fold 0.5, equalize-values": ("", f"{FOLD},equalize-values"),
     "centring, fold 0.5": (CENTRED, FOLD),
     "centring, fold 0.5, equalize-values": (CENTRED, f"{FOLD},equalize-values"),
+    "rotate-residual, fold 0.5 where uneven, equalize-values": (ROTATED, f"{FOLD}{{spread=2}},equalize-values"),
     "rotations": (f"{ROTATED},rotate-heads", ""),
     "rotations, centring": (f"{ROTATED},rotate-heads,{CENTRED}", ""),
     "rotate-residual, fold 0.5": (ROTATED, FOLD),
@@ -59,6 +60,8 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--bits", nargs="+", default=["w8a8", "w6a6", "w4a4"], metavar="wNaM", help="[w8a8 w6a6 w4a4]")
     parser.add_argument("--rewrites", nargs="+", default=list(REWRITES), choices=list(REWRITES), metavar="NAME", help="rows [all]")
     parser.add_argument("--symmetric", nargs="+", default=["no", "yes"], choices=["no", "yes"], help="of activations [no yes]")
+    parser.add_argument("--recipe", help="quantize what this recipe does, at its bits, not what is said above")
+    parser.add_argument("--builtin", action="store_true", help="calibrate on built-in pictures, not on training images")
     parser.add_argument("--probs", type=int, default=8, metavar="N", help="bits of probabilities [8]")
     parser.add_argument("--ranges", default="compute-qparams", metavar="TEXT", help="passes that set ranges [compute-qparams]")
     parser.add_argument("--images", type=int, metavar="N", help="images [as many as the accuracy command]")
@@ -130,11 +133,13 @@ def score_all(task: Task, model: Path, front: Compilation, bits: str, images: Im
         pair = [scores.get((name, symmetric)) for symmetric in ("no", "yes")]
         cells.append((name, *(cell for s in pair for cell in ((s.right / s.images, s.sqnr) if s else (None, None)))))
     kind = "held-out training" if options.held_out else "test"
+    source = "built-in pictures calibrate" if options.builtin else "calibration images"
+    what = f"Recipe {options.recipe}" if options.recipe else f"Probabilities: {options.probs} bits"
     return Table(
         f"{task.name}, {bits.upper()}, {count} {kind} images",
         ("rewrites", "top-1", "SQNR, dB", "top-1 symmetric", "SQNR symmetric, dB"),
         tuple(cells),
-        (f"{options.samples} calibration images, seed {options.seed}. Probabilities: {options.probs} bits. Ranges: `{options.ranges}`.",),
+        (f"{options.samples} {source}, seed {options.seed}. {what}. After the rewrites: `{options.ranges}`.",),
         {"top-1": ".4f", "top-1 symmetric": ".4f", "SQNR, dB": ".1f", "SQNR symmetric, dB": ".1f"},
     )
 
@@ -151,8 +156,10 @@ def understood(model: Path, calibration: Path, task: Task, options: argparse.Nam
     target = load_target("onnxruntime")
     graph = Graph.from_proto(convert_opset(read_model(model), target.opset, model))
     graph.ir_version = target.ir_version
-    data = open_data(calibration, graph.inputs, resolve(task.preprocess, model), samples=options.samples, seed=options.seed)
-    c = Compilation(graph, study(False, options.probs), target, data, threads=options.threads)
+    data = open_data(
+        None if options.builtin else calibration, graph.inputs, resolve(task.preprocess, model), samples=options.samples, seed=options.seed
+    )
+    c = Compilation(graph, study(False, options), target, data, threads=options.threads)
     Pipeline.parse(FRONT, find_pass).run(c)
     return c
 
@@ -163,17 +170,19 @@ def quantized(front: Compilation, bits: str, symmetric: bool, before: str, after
     from vitq_compiler.pipeline import Compilation, Pipeline
     from vitq_compiler.qdq import simulate
 
-    recipe = study(symmetric, options.probs).with_bits(bits).defined("strict")
+    recipe = study(symmetric, options).with_bits(bits)
     c = Compilation(front.graph.snapshot(), recipe, front.target, front.data, threads=options.threads)
     steps = ("canonicalize,annotate", front.target.rewrites, before, "calibrate", after, options.ranges)
     Pipeline.parse(",".join(filter(None, steps)), find_pass).run(c)
     return simulate(c)
 
 
-def study(symmetric: bool, probs: int) -> Recipe:
+def study(symmetric: bool, options: argparse.Namespace) -> Recipe:
     """What is quantized, and how."""
-    from vitq_compiler.recipe import parse_recipe
+    from vitq_compiler.recipe import load_recipe, parse_recipe
 
+    if options.recipe:
+        return load_recipe(options.recipe)
     operand: dict[str, Any] = {"symmetric": symmetric}
     return parse_recipe(
         "study",
@@ -181,7 +190,8 @@ def study(symmetric: bool, probs: int) -> Recipe:
             "description": "exact rewrites and rounding to nearest",
             "weight": {"bits": 8, "signed": True, "symmetric": True, "granularity": "per_channel"},
             "activation": {"bits": 8, "symmetric": symmetric},
-            "attention": {"q": operand, "k": operand, "v": operand, "probs": {"bits": probs, "symmetric": False}},
+            "attention": {"q": operand, "k": operand, "v": operand, "probs": {"bits": options.probs, "symmetric": False}},
+            "definition": "strict",
             "passes": "",
         },
     )

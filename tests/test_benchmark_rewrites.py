@@ -32,3 +32,11 @@ def test_a_table_of_the_shipped_model(tmp_path: Path) -> None:
         assert isinstance(row[2], float)
         assert row[2] > 15, "eight bits are close to float on any image"
         assert row[3:] == (None, None)
+
+
+def test_the_layers_of_a_recipe() -> None:
+    parser = argparse.ArgumentParser()
+    rewrites.add_options(parser)
+    assert rewrites.study(True, parser.parse_args(["--recipe", "w8a8"])).attention == {}
+    own = rewrites.study(True, parser.parse_args(["--probs", "5"]))
+    assert (own.definition, own.attention_specs()["probs"].bits, own.attention_specs()["q"].symmetric) == ("strict", 5, True)
