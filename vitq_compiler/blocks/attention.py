@@ -268,8 +268,8 @@ def map_heads(view: HeadView, matrices: NDArray[np.float64]) -> None:
     for tensor in (view.linear.weight, view.linear.bias):
         if tensor is not None:
             new = value(tensor).astype(np.float64)
-            heads = new[..., view.columns].reshape(*new.shape[:-1], *matrices.shape[:2])
-            new[..., view.columns] = np.einsum("...hd,hde->...he", heads, matrices).reshape(*new.shape[:-1], -1)
+            heads = new[..., view.columns].reshape(-1, *matrices.shape[:2]).swapaxes(0, 1)
+            new[..., view.columns] = (heads @ matrices).swapaxes(0, 1).reshape(*new.shape[:-1], -1)
             tensor.values = new.astype(np.float32)
 
 
