@@ -128,16 +128,17 @@ def score_all(task: Task, model: Path, front: Compilation, bits: str, images: Im
             sessions[name, symmetric] = runtime.session(graph, threads=options.threads)
         scores |= evaluate(task, sessions, images.stored, images.labels, images.order)
     count = len(images.order)
-    cells: list[tuple[Cell, ...]] = [("float", scores["float"].right / count, None, scores["float"].right / count, None)]
+    cells: list[tuple[Cell, ...]] = [("float", *[scores["float"].right / count, None] * len(options.symmetric))]
     for name in options.rewrites:
-        pair = [scores.get((name, symmetric)) for symmetric in ("no", "yes")]
-        cells.append((name, *(cell for s in pair for cell in ((s.right / s.images, s.sqnr) if s else (None, None)))))
+        both = [scores[name, symmetric] for symmetric in options.symmetric]
+        cells.append((name, *(cell for s in both for cell in (s.right / s.images, s.sqnr))))
+    headings = {"no": ("top-1", "SQNR, dB"), "yes": ("top-1 symmetric", "SQNR symmetric, dB")}
     kind = "held-out training" if options.held_out else "test"
     source = "built-in pictures calibrate" if options.builtin else "calibration images"
     what = f"Recipe {options.recipe}" if options.recipe else f"Probabilities: {options.probs} bits"
     return Table(
         f"{task.name}, {bits.upper()}, {count} {kind} images",
-        ("rewrites", "top-1", "SQNR, dB", "top-1 symmetric", "SQNR symmetric, dB"),
+        ("rewrites", *(heading for symmetric in options.symmetric for heading in headings[symmetric])),
         tuple(cells),
         (f"{options.samples} {source}, seed {options.seed}. {what}. After the rewrites: `{options.ranges}`.",),
         {"top-1": ".4f", "top-1 symmetric": ".4f", "SQNR, dB": ".1f", "SQNR symmetric, dB": ".1f"},

@@ -31,7 +31,7 @@ def test_a_table_of_the_shipped_model(tmp_path: Path) -> None:
     for row in table.rows[1:]:
         assert isinstance(row[2], float)
         assert row[2] > 15, "eight bits are close to float on any image"
-        assert row[3:] == (None, None)
+        assert len(row) == len(table.columns) == 3
 
 
 def test_the_layers_of_a_recipe() -> None:
