@@ -184,6 +184,13 @@ def test_wrong_attention() -> None:
         load_recipe("w8a8").with_attention("int4")
 
 
+def test_keys_and_values_are_centred_whatever_attention_becomes() -> None:
+    """Else the prices of quantized attention would not be those that a compile with it pays."""
+    for attention in (None, "int8", "fp8"):
+        names = [p.name for p in pipeline_for(load_recipe("w8a8").with_attention(attention), Tensorrt()).passes]
+        assert names[names.index("stack-heads") + 1 :][:2] == ["center-keys", "center-values"]
+
+
 def test_a_pass_of_the_recipe_gives_way() -> None:
     recipe = load_recipe("w8a8")
     names = [p.name for p in pipeline_for(recipe, Tensorrt()).passes]

@@ -97,8 +97,12 @@ class Tensorrt(Target):
 
     @property
     def rewrites(self) -> str:  # type: ignore[override]  # depends on the float type
-        """Passes that shape the float graph; a convolution in bfloat16 comes with opset 22, a MatMul was there before."""
-        return "linearize-patch-embedding,stack-heads" if self.narrow == "bf16" else "stack-heads"
+        """Passes that shape the float graph: keys and values are centred, as there are no zero points to follow them.
+
+        A convolution in bfloat16 comes with opset 22, a MatMul was there before.
+        """
+        passes = "stack-heads,center-keys,center-values"
+        return f"linearize-patch-embedding,{passes}" if self.narrow == "bf16" else passes
 
     @property
     def lowering(self) -> str:  # type: ignore[override]  # depends on the version
