@@ -86,7 +86,8 @@ def quantize_as(activation: str, prepared: Path, output: Path, feeds: Iterable[F
 
 
 def quantize_with_modelopt(model: Path, output: Path, feeds: Iterable[Feed]) -> Path:
-    """``python -m modelopt.onnx.quantization`` with its defaults, on a copy: it writes into the file it is given."""
+    """``python -m modelopt.onnx.quantization`` with its defaults, on a copy: it writes into its input, and where it runs."""
+    output = output.resolve()
     batches = list(feeds)
     arrays: dict[str, Any] = {name: np.concatenate([feed[name] for feed in batches]) for name in batches[0]}
     data, copy = output.with_suffix(".npz"), output.with_name(f"{output.stem}_input.onnx")
@@ -95,7 +96,7 @@ def quantize_with_modelopt(model: Path, output: Path, feeds: Iterable[Feed]) -> 
     paths = {"onnx_path": copy, "calibration_data_path": data, "output_path": output}
     words = [word for name, path in paths.items() for word in (f"--{name}", str(path))]
     command = [sys.executable, "-m", "modelopt.onnx.quantization", *words, "--quantize_mode", "int8", "--calibration_eps", "cpu"]
-    done = subprocess.run(command, check=False, capture_output=True, text=True)
+    done = subprocess.run(command, check=False, capture_output=True, text=True, cwd=output.parent)
     if done.returncode or not output.is_file():
         raise RuntimeError((done.stderr.strip().splitlines() or ["it wrote nothing"])[-1])
     return output

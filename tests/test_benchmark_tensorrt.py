@@ -41,6 +41,7 @@ if FAILS:
     sys.exit("no such thing")
 open(given["--output_path"], "wb").write(open(given["--onnx_path"], "rb").read())
 open(given["--onnx_path"], "wb").write(b"spoiled")
+open("litter", "wb").close()
 """
 
 
@@ -62,6 +63,7 @@ def test_modelopt_gets_a_copy_and_all_images(
     made = peers.quantize_all(model, tmp_path, feeds, ["modelopt"])
     assert model.read_bytes() == before
     assert list(made) == ([] if fails else ["ModelOpt"])
+    assert (tmp_path / "litter").exists() != fails, "what it leaves where it runs stays in the folder"
     assert ("ModelOpt failed: RuntimeError: no such thing" in capsys.readouterr().err) == fails
 
 
