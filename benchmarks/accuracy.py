@@ -42,7 +42,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--data", type=Path, metavar="DIR", help="folder of images and models [VITQ_DATA, else .data/real]")
     parser.add_argument("--images", type=int, metavar="N", help="test images [shipped 10000, others 1000]")
     parser.add_argument("--calibration", choices=["train", "builtin"], default="train", help="training images or built-in ones [train]")
-    parser.add_argument("--samples", type=int, default=32, metavar="N", help="calibration samples, of every recipe [32; those that train are made for 512]")
+    parser.add_argument("--samples", type=int, default=32, metavar="N", help="calibration samples [32; recipes that train want 512]")
     parser.add_argument("--seed", type=int, default=0, help="of the choice of samples [0]")
     parser.add_argument("--seeds", type=int, default=1, metavar="N", help="compile this often, with seeds from --seed on [1]")
     parser.add_argument("--recipe", nargs="+", default=["w8a8"], help="of vitq [w8a8]")

@@ -49,7 +49,7 @@ def test_the_recipe_decides_what_counts_as_quantized(tmp_path: Path) -> None:
     assert all(row.quantized == (row.role != "stream") for row in found.tensors)
 
 
-def test_an_offset_of_keys_is_outcomeand_cured(tmp_path: Path) -> None:
+def test_an_offset_of_keys_is_found_and_cured(tmp_path: Path) -> None:
     model = vit(SIZES, HUGGINGFACE)
     found = compilation(onnx.ModelProto.FromString(model.SerializeToString()))
     run_passes(found, FRONT)
@@ -75,6 +75,13 @@ def test_a_refused_rewrite_says_why(tmp_path: Path) -> None:
     assert row.changes == 0
     assert row.tensors == ()
     assert any("is not rotated" in reason for reason in row.reasons)
+
+
+def test_text_models_too() -> None:
+    model = Path(__file__).parent / "data" / "zoo" / "bert.onnx"
+    found = diagnose(model, samples=8, threads=1)
+    assert found.data == "8 random token ids"
+    assert {row.block for row in found.tensors} >= {"attention 0", "mlp 1"}
 
 
 def test_registers_and_idle_heads_are_told() -> None:

@@ -17,19 +17,18 @@ import onnxruntime as ort
 
 from vitq_compiler import runtime, validation
 from vitq_compiler.catalog import load_target, pipeline_for
-from vitq_compiler.data import Data, open_data
+from vitq_compiler.data import Data
 from vitq_compiler.errors import ModelError, RecipeError
 from vitq_compiler.graph import LARGE_MODEL, Array, Graph, proto_bytes
-from vitq_compiler.model_io import check_output, convert_opset, file_bytes, make_work_folder, read_model, write_model
+from vitq_compiler.model_io import check_output, file_bytes, make_work_folder, write_model
+from vitq_compiler.opening import open_model, open_samples
 from vitq_compiler.pipeline import Compilation
-from vitq_compiler.precision import half_type, narrow, widen
-from vitq_compiler.preprocess import resolve
+from vitq_compiler.precision import narrow
 from vitq_compiler.progress import Progress, silent
 from vitq_compiler.provenance import Provenance
 from vitq_compiler.quant import Edge
 from vitq_compiler.recipe import load_recipe
 from vitq_compiler.report import CompileReport, DataRow, GateRow, LatencyRow, LinearRow, NoteRow, OutputRow, PassRow, Validation
-from vitq_compiler.token_ids import id_limits
 from vitq_compiler.verify import Dump, Parity, Structure, Thrift
 
 PROBE_SAMPLES = 2
@@ -117,25 +116,13 @@ def compile(
         check_output(path, model)
 
     progress("reading", 0, 1)
-    source = read_model(model)
     large = file_bytes(model) > LARGE_MODEL
-    half = half_type(source)
-    boundary = widen(source)
-    graph = Graph.from_proto(convert_opset(source, chosen.opset, model))
-    del source
-    graph.ir_version = chosen.ir_version
+    opened = open_model(model, chosen)
+    graph, half, boundary = opened.graph, opened.half, opened.boundary
     # What everything is held against. Rounding to half precision would drown what the passes are checked for.
     floating: Path | Graph = graph.snapshot() if half else model
-    data = open_data(
-        calibration,
-        graph.inputs,
-        resolve(preprocess, model),
-        samples=samples or plan.samples,
-        augment=augment,
-        validation_samples=max(16, (samples or plan.samples) // 2),
-        batch_size=batch_size,
-        seed=seed,
-        ids=id_limits(graph),
+    data = open_samples(
+        graph, model, plan, calibration, samples=samples, augment=augment, batch_size=batch_size, preprocess=preprocess, seed=seed
     )
     c = Compilation(graph, plan, chosen, data, threads=threads, progress=progress, device=device, work_dir=work_dir, providers=providers)
     c.floating = floating

@@ -17,15 +17,12 @@ import numpy as np
 
 from vitq_compiler import outliers, runtime
 from vitq_compiler.blocks.attention import OPERANDS
-from vitq_compiler.catalog import FRONT, find_pass, load_target
-from vitq_compiler.data import open_data
-from vitq_compiler.errors import ModelError, VitqError
-from vitq_compiler.graph import Array, Graph, Node, Tensor, is_constant, producer
-from vitq_compiler.model_io import convert_opset, read_model
+from vitq_compiler.catalog import find_pass, load_target
+from vitq_compiler.errors import VitqError
+from vitq_compiler.graph import Array, Node, Tensor, is_constant, producer
+from vitq_compiler.opening import open_model, open_samples, run_front
 from vitq_compiler.pipeline import Compilation, Pipeline
 from vitq_compiler.plots import Picture, Ranges
-from vitq_compiler.precision import widen
-from vitq_compiler.preprocess import resolve
 from vitq_compiler.progress import Progress, silent
 from vitq_compiler.recipe import load_recipe
 from vitq_compiler.sensitivity import SensitivityRow, sensitivity
@@ -175,26 +172,12 @@ def diagnose(
     model = Path(model)
     plan = load_recipe(recipe).with_bits(bits).defined(definition).with_attention(attention).excluding(tuple(exclude))
     chosen = load_target(target, target_options)
-    source = read_model(model)
-    widen(source)
-    graph = Graph.from_proto(convert_opset(source, chosen.opset, model))
-    del source
-    graph.ir_version = chosen.ir_version
-    data = open_data(
-        calibration,
-        graph.inputs,
-        resolve(preprocess, model),
-        samples=samples or plan.samples,
-        augment=augment,
-        validation_samples=max(16, (samples or plan.samples) // 2),
-        batch_size=batch_size,
-        seed=seed,
+    graph = open_model(model, chosen).graph
+    data = open_samples(
+        graph, model, plan, calibration, samples=samples, augment=augment, batch_size=batch_size, preprocess=preprocess, seed=seed
     )
     c = Compilation(graph, plan, chosen, data, threads=threads)
-    try:
-        Pipeline.parse(FRONT, find_pass).run(c)
-    except ModelError as error:
-        raise ModelError(f"model {model}: {error}") from error
+    run_front(c, model)
     feeds = list(islice(data.calibration(), BATCHES))
     before, ranges = measure(c, feeds)
     rewrites, narrowed = [], {}

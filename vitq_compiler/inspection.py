@@ -12,12 +12,10 @@ from typing import Any
 
 import numpy as np
 
-from vitq_compiler.catalog import FRONT, find_pass, load_target
-from vitq_compiler.errors import ModelError
-from vitq_compiler.graph import Graph, Node, Tensor, is_constant, value
-from vitq_compiler.model_io import convert_opset, read_model
-from vitq_compiler.pipeline import Compilation, Pipeline
-from vitq_compiler.precision import widen
+from vitq_compiler.catalog import load_target
+from vitq_compiler.graph import Node, Tensor, is_constant, value
+from vitq_compiler.opening import open_model, run_front
+from vitq_compiler.pipeline import Compilation
 from vitq_compiler.quant import Edge
 from vitq_compiler.recipe import load_recipe
 from vitq_compiler.report import NoteRow
@@ -140,17 +138,10 @@ def inspect(
     model = Path(model)
     plan = load_recipe(recipe).with_bits(bits).defined(definition).excluding(tuple(exclude))
     chosen = load_target(target)
-    source = read_model(model)
-    widen(source)
-    graph = Graph.from_proto(convert_opset(source, chosen.opset, model))
-    del source
-    graph.ir_version = chosen.ir_version
+    graph = open_model(model, chosen).graph
     parameters = sum(value(t).size for t in graph.constants() if value(t).dtype.kind == "f")
     c = Compilation(graph, plan, chosen, data=None, threads=threads)  # type: ignore[arg-type]  # nothing here looks at data
-    try:
-        Pipeline.parse(FRONT, find_pass).run(c)
-    except ModelError as error:
-        raise ModelError(f"model {model}: {error}") from error
+    run_front(c, model)
     layers = tuple(_layers(c))
     named = {row.name for row in layers}
     notes = tuple(NoteRow(n.stage, n.where, n.reason) for n in c.notes if n.where not in named)

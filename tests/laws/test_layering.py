@@ -18,7 +18,7 @@ LAYERS = (
     ("cli",),
     ("",),
     ("arguments", "check", "compiler", "diagnosis", "inspection", "terminal"),
-    ("passes", "provenance", "sensitivity"),
+    ("opening", "passes", "provenance", "sensitivity"),
     ("annotations", "catalog", "explain", "plots", "recipe", "repair", "report", "training", "validation", "verify"),
     ("prefix",),
     ("blocks", "quantizers", "targets"),
