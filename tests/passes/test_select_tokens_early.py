@@ -268,7 +268,7 @@ def test_in_the_whole_pipeline(dialect: Dialect) -> None:
     c = compilation(vit(Sizes(depth=2, width=16, hidden=32), dialect))
     changes = run_passes(c, str(pipeline_for(c.recipe, c.target)))
     assert changes["select-tokens-early"] == CHANGES
-    assert changes["rotate-residual"] == 1
+    assert changes["reparameterize-layernorm"] == 4
     assert changes["equalize-values"] == 2
     assert len(c.annotations.block_edges) == 4
     names = {node.name for node in c.graph.nodes}
