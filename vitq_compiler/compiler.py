@@ -116,9 +116,9 @@ def compile(
         check_output(path, model)
 
     progress("reading", 0, 1)
-    large = file_bytes(model) > LARGE_MODEL
     opened = open_model(model, chosen)
     graph, half, boundary = opened.graph, opened.half, opened.boundary
+    large = file_bytes(model) > LARGE_MODEL
     # What everything is held against. Rounding to half precision would drown what the passes are checked for.
     floating: Path | Graph = graph.snapshot() if half else model
     data = open_samples(
