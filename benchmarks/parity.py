@@ -49,8 +49,7 @@ def measure_one(path: Path, threads: int) -> tuple[tuple[Cell, ...], set[tuple[s
     from vitq_compiler.catalog import FRONT, find_pass, load_target
     from vitq_compiler.data import open_data
     from vitq_compiler.errors import VitqError
-    from vitq_compiler.graph import Graph
-    from vitq_compiler.model_io import convert_opset, read_model
+    from vitq_compiler.opening import open_model, run_front
     from vitq_compiler.pipeline import Compilation, Pipeline
     from vitq_compiler.preprocess import resolve
     from vitq_compiler.recipe import load_recipe
@@ -58,12 +57,11 @@ def measure_one(path: Path, threads: int) -> tuple[tuple[Cell, ...], set[tuple[s
 
     target = load_target("onnxruntime")
     try:
-        graph = Graph.from_proto(convert_opset(read_model(path), target.opset, path))
-        graph.ir_version = target.ir_version
+        graph = open_model(path, target).graph
         data = open_data(None, graph.inputs, resolve(None, path), samples=2, batch_size=2, ids=id_limits(graph))
         c = Compilation(graph, load_recipe("w8a8"), target, data, threads=threads)
         feed = next(data.calibration())
-        Pipeline.parse(FRONT, find_pass).run(c)
+        run_front(c, path)
         largest = 0.0
         changes: dict[str, int] = {}
         reference = run(c.graph, feed, threads)
@@ -86,10 +84,9 @@ def run(graph: object, feed: dict[str, Array], threads: int) -> list[Array]:
 
 def difference(before: list[Array], after: list[Array]) -> float:
     """The largest difference of any output, in parts of the largest value of that output."""
-    import numpy as np
+    from vitq_compiler.metrics import max_relative_error
 
-    pairs = [(a, b) for a, b in zip(before, after, strict=True) if a.dtype.kind == "f"]
-    return max((float(np.abs(a - b).max() / max(float(np.abs(a).max()), 1e-30)) for a, b in pairs), default=0.0)
+    return max((max_relative_error(a, b) for a, b in zip(before, after, strict=True) if a.dtype.kind == "f"), default=0.0)
 
 
 def without_names(reason: str) -> str:

@@ -147,21 +147,19 @@ def score_all(task: Task, model: Path, front: Compilation, bits: str, images: Im
 
 def understood(model: Path, calibration: Path, task: Task, options: argparse.Namespace) -> Compilation:
     """The float graph after the passes that every row begins with."""
-    from vitq_compiler.catalog import FRONT, find_pass, load_target
+    from vitq_compiler.catalog import load_target
     from vitq_compiler.data import open_data
-    from vitq_compiler.graph import Graph
-    from vitq_compiler.model_io import convert_opset, read_model
-    from vitq_compiler.pipeline import Compilation, Pipeline
+    from vitq_compiler.opening import open_model, run_front
+    from vitq_compiler.pipeline import Compilation
     from vitq_compiler.preprocess import resolve
 
     target = load_target("onnxruntime")
-    graph = Graph.from_proto(convert_opset(read_model(model), target.opset, model))
-    graph.ir_version = target.ir_version
+    graph = open_model(model, target).graph
     data = open_data(
         None if options.builtin else calibration, graph.inputs, resolve(task.preprocess, model), samples=options.samples, seed=options.seed
     )
     c = Compilation(graph, study(False, options), target, data, threads=options.threads)
-    Pipeline.parse(FRONT, find_pass).run(c)
+    run_front(c, model)
     return c
 
 

@@ -69,8 +69,8 @@ def make_graphs(model: Path, folder: Path, options: argparse.Namespace) -> list[
 def halve(model: Path, output: Path) -> Path:
     """The model in half precision between float32 inputs and outputs, its structure as it was exported."""
     from vitq_compiler.data import open_data
-    from vitq_compiler.graph import Graph
-    from vitq_compiler.model_io import convert_opset, read_model, write_model
+    from vitq_compiler.model_io import write_model
+    from vitq_compiler.opening import open_model
     from vitq_compiler.passes.canonicalize import Canonicalize
     from vitq_compiler.passes.narrow_floats import NarrowFloats
     from vitq_compiler.pipeline import Compilation
@@ -79,8 +79,7 @@ def halve(model: Path, output: Path) -> Path:
     from vitq_compiler.targets.tensorrt import Tensorrt
 
     target = Tensorrt()
-    graph = Graph.from_proto(convert_opset(read_model(model), target.opset, model))
-    graph.ir_version = target.ir_version
+    graph = open_model(model, target).graph
     data = open_data(None, graph.inputs, resolve("imagenet", model), samples=SAMPLES, batch_size=SAMPLES)
     c = Compilation(graph, load_recipe("w8a8"), target, data)
     Canonicalize().run(c)

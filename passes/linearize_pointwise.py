@@ -119,6 +119,5 @@ def _move_behind(graph: Graph, transpose: Node, activation: Node) -> None:
     source, result = transpose.inputs[0], activation.outputs[0]
     activation.inputs[0] = source
     moved: Tensor = graph.insert("Transpose", [result], name=f"{transpose.name}/moved", like=result, perm=transpose.attrs["perm"])
-    moved_node = moved.inputs[0]
-    graph.replace(result, moved, only=lambda reader: reader is not moved_node)
+    graph.replace(result, moved)
     result.shape = source.shape

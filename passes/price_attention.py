@@ -14,8 +14,6 @@ from dataclasses import dataclass, replace
 from math import nan
 from pathlib import Path
 
-import numpy as np
-
 from vitq_compiler.errors import RecipeError
 from vitq_compiler.graph import LARGE_MODEL, Array, Graph, value
 from vitq_compiler.metrics import sqnr
@@ -26,7 +24,7 @@ from vitq_compiler.pipeline import Compilation, Fact, Pass
 from vitq_compiler.qdq import simulate
 from vitq_compiler.quant import Edge, QuantParams, QuantSpec
 from vitq_compiler.report import AttentionRow
-from vitq_compiler.runtime import Feed, first_samples, run, session
+from vitq_compiler.runtime import Feed, first_samples, run_all, session
 
 
 @dataclass(frozen=True)
@@ -80,11 +78,8 @@ class PriceAttention(Pass):
 
     def _outputs(self, graph: Path | Graph, c: Compilation, feeds: Sequence[Feed]) -> list[Array]:
         """Those outputs on all batches that hold classes, or all in float where none does."""
-        runtime = session(graph, threads=c.threads)
         names = [name for name in c.graph.output_names if name in c.annotations.class_outputs] or c.graph.output_names
-        batches = [run(runtime, feed, names) for feed in feeds]
-        joined = [np.concatenate([np.atleast_1d(batch[index]) for batch in batches]) for index in range(len(names))]
-        return [array for array in joined if array.dtype.kind == "f"]
+        return [array for array in run_all(session(graph, threads=c.threads), feeds, names) if array.dtype.kind == "f"]
 
 
 def _choices(c: Compilation) -> dict[str, dict[str, QuantSpec]]:

@@ -92,7 +92,7 @@ def _split(c: Compilation, mlp: Mlp, outliers: NDArray[np.int64]) -> None:
     c.table.statistics[hidden.name] = replace(seen, low=seen.low[kept], high=seen.high[kept], mean=seen.mean[kept])
 
     total = graph.insert("Add", [fc2.output, outer.output], name=f"{fc2.name}/with_outliers", like=fc2.output)
-    graph.replace(fc2.output, total, only=lambda node: node is not total.inputs[0])
+    graph.replace(fc2.output, total)
 
 
 def _linear(

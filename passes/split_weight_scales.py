@@ -74,6 +74,5 @@ def _split(graph: Graph, dequantize: Node, products: list[Node]) -> None:
 def _append(graph: Graph, tensor: Tensor, op: str, constant: Tensor) -> Tensor:
     """Let all readers of ``tensor`` read op(tensor, constant)."""
     result = graph.insert(op, [tensor, constant], name=f"{tensor.name}/{op.lower()}", like=tensor)
-    node = producer(result)
-    graph.replace(tensor, result, only=lambda reader: reader is not node)
+    graph.replace(tensor, result)
     return result

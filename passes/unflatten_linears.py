@@ -86,8 +86,7 @@ def _move(graph: Graph, node: Node, tokens: dict[int, Tensor]) -> None:
     flat = graph.insert("Reshape", [result, graph.constant(f"{node.name}/matrix", np.array([-1, width]))], name=f"{node.name}/rows")
     flat.dtype, flat.shape = result.dtype, [result.shape[0], width]
     result.shape = [*first.shape[:2], width]
-    reshape = flat.inputs[0]
-    graph.replace(result, flat, only=lambda reader: reader is not reshape)
+    graph.replace(result, flat)
     tokens[id(flat)] = result
 
 

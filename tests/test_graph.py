@@ -95,6 +95,17 @@ def test_replace_counts_every_edge() -> None:
     assert ops(graph.clean()) == ["Add", "Neg"]
 
 
+def test_an_operator_is_put_behind_a_tensor() -> None:
+    graph = graph_of("g (float[4] x) => (float[4] y, float[4] a) { a = Relu(x) y = Neg(a) }")
+    behind = graph.insert("Abs", [graph.tensor("a")], name="behind", like=graph.tensor("a"))
+    assert graph.replace(graph.tensor("a"), behind) == 2, "the reader and the output, not the Abs itself"
+    assert graph.output_names == ["y", "a"]
+    feed = {"x": np.array([-1, 2, -3, 4], np.float32)}
+    y, a = run_model(graph.clean(), feed)
+    np.testing.assert_array_equal(y, [0, -2, 0, -4])
+    np.testing.assert_array_equal(a, [0, 2, 0, 4])
+
+
 def test_replace_only_some_readers() -> None:
     graph = graph_of("g (float[4] x) => (float[4] y, float[4] z) { a = Relu(x) y = Neg(a) z = Abs(a) }")
     assert graph.replace(graph.tensor("a"), graph.tensor("x"), only=lambda node: node.op == "Abs") == 1

@@ -56,6 +56,15 @@ def test_outputs_can_be_chosen() -> None:
     np.testing.assert_array_equal(results[0], [1, 2])
 
 
+def test_outputs_of_all_batches_are_joined() -> None:
+    session = runtime.session(graph_of("g (float[B, 2] x) => (float[B, 2] y, float z) { y = Neg(x) z = ReduceSum<keepdims = 0>(x) }"))
+    feeds = [{"x": np.full((count, 2), count, np.float32)} for count in (1, 3)]
+    y, z = runtime.run_all(session, feeds)
+    np.testing.assert_array_equal(y, [[-1, -1], *[[-3, -3]] * 3])
+    np.testing.assert_array_equal(z, [2, 18])
+    assert len(runtime.run_all(session, feeds, ["z"])) == 1
+
+
 def test_failures_are_target_errors_of_one_line() -> None:
     with pytest.raises(TargetError, match=r"^onnxruntime [\d.]+ cannot load the graph: ") as caught:
         runtime.session(broken())

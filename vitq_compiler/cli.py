@@ -9,6 +9,7 @@ import os
 import platform
 import sys
 import time
+from collections.abc import Callable
 from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,6 +22,8 @@ from vitq_compiler.explain import explain
 from vitq_compiler.text import printable
 
 if TYPE_CHECKING:
+    from rich.console import Console
+
     from vitq_compiler.report import CompileReport
 
 PROGRAM = "vitq-compile"
@@ -224,19 +227,26 @@ def _compile(given: dict[str, Any], output: Path) -> int:
 
 def _inspect(given: dict[str, Any], output: Path) -> int:
     from vitq_compiler.inspection import inspect
-    from vitq_compiler.model_io import write_text
-    from vitq_compiler.terminal import console_for, show_structure
+    from vitq_compiler.terminal import show_structure
 
     _check_report(given["report"], output, given["model"])
     same = ("recipe", "bits", "definition", "target", "exclude", "threads")
     structure = inspect(given["model"], **{name: given[name] for name in same})
+    return _tell(given, structure, show_structure)
+
+
+def _tell(given: dict[str, Any], found: Any, show: Callable[[Any, Console, int], None]) -> int:
+    """Write and show what was found of a model: as the JSON of its ``to_json``, and as ``show`` prints it."""
+    from vitq_compiler.model_io import write_text
+    from vitq_compiler.terminal import console_for
+
     if given["report"] == STDOUT:
-        click.echo(structure.to_json(), nl=False)
+        click.echo(found.to_json(), nl=False)
         return OK
     if given["report"]:
-        write_text(structure.to_json(), given["report"])
+        write_text(found.to_json(), given["report"])
     if not given["quiet"]:
-        show_structure(structure, console_for(sys.stdout), 2 if given["verbose"] else 1)
+        show(found, console_for(sys.stdout), 2 if given["verbose"] else 1)
     return OK
 
 
@@ -252,7 +262,6 @@ def _check_diagnose(given: dict[str, Any]) -> None:
 
 def _diagnose(given: dict[str, Any], output: Path) -> int:
     from vitq_compiler import diagnosis
-    from vitq_compiler.model_io import write_text
     from vitq_compiler.plots import check_plots, draw
     from vitq_compiler.terminal import console_for, progress_on, show_diagnosis
 
@@ -270,14 +279,7 @@ def _diagnose(given: dict[str, Any], output: Path) -> int:
         )
     if given["plot"]:
         draw(found.pictures, given["plot"])
-    if given["report"] == STDOUT:
-        click.echo(found.to_json(), nl=False)
-        return OK
-    if given["report"]:
-        write_text(found.to_json(), given["report"])
-    if not given["quiet"]:
-        show_diagnosis(found, console_for(sys.stdout), 2 if given["verbose"] else 1)
-    return OK
+    return _tell(given, found, show_diagnosis)
 
 
 def _check(given: dict[str, Any]) -> int:

@@ -214,10 +214,12 @@ class Graph:
     def replace(self, old: Tensor, new: Tensor, *, only: Callable[[Node], bool] = lambda _: True) -> int:
         """Let every reader of ``old`` (for which ``only`` holds) read ``new``; returns the number of edges moved.
 
+        The node that makes ``new`` still reads ``old`` where it did: so an operator is put behind a tensor.
         Where ``old`` is a graph output its name stays: ``new`` takes it over.
         """
         moved = 0
-        for reader in [n for n in unique(old.outputs) if only(n)]:
+        maker = producer(new)
+        for reader in [n for n in unique(old.outputs) if n is not maker and only(n)]:
             for index, tensor in enumerate(reader.inputs):
                 if tensor is old:
                     reader.inputs[index] = new

@@ -130,6 +130,12 @@ def run(runtime: ort.InferenceSession, feed: Feed, outputs: Sequence[str] | None
         raise TargetError(f"onnxruntime {ort.__version__} cannot run the graph: {first_line(error)}") from error
 
 
+def run_all(runtime: ort.InferenceSession, feeds: Iterable[Feed], outputs: Sequence[str] | None = None) -> list[Array]:
+    """Each output on all batches together; those without a batch become one entry for each."""
+    batches = [run(runtime, feed, outputs) for feed in feeds]
+    return [np.concatenate([np.atleast_1d(part) for part in parts]) for parts in zip(*batches, strict=True)]
+
+
 def narrowed(runtime: ort.InferenceSession, feed: Feed) -> Feed:
     """``feed`` with float16 numbers for the inputs that take them."""
     half = {i.name for i in runtime.get_inputs() if i.type == "tensor(float16)"}

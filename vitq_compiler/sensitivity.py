@@ -6,20 +6,19 @@ the error that the passes of a recipe are there to lower. Measured at the output
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from math import inf
 
 import numpy as np
 
 from vitq_compiler.catalog import find_pass
-from vitq_compiler.graph import Array, Graph, is_constant
+from vitq_compiler.graph import is_constant
 from vitq_compiler.metrics import sqnr
 from vitq_compiler.pipeline import Compilation, Pipeline
 from vitq_compiler.progress import Progress, silent
 from vitq_compiler.qdq import simulate
 from vitq_compiler.quant import Edge
-from vitq_compiler.runtime import Feed, run, session
+from vitq_compiler.runtime import run_all, session
 
 PASSES = "canonicalize,annotate,calibrate,compute-qparams"
 
@@ -52,12 +51,12 @@ def sensitivity(c: Compilation, progress: Progress = silent) -> tuple[Sensitivit
     """
     Pipeline.parse(PASSES, find_pass).run(c)
     feeds = list(c.data.validation() if c.data.validation_count else c.data.calibration())
-    reference = _outputs(c.graph, feeds, c.threads)
+    reference = run_all(session(c.graph, threads=c.threads), feeds)
     groups = groups_of(c)
     rows = []
     for index, (key, edges) in enumerate(groups.items()):
         progress("quantizing one at a time", index, len(groups))
-        other = _outputs(simulate(c, {edge: c.params[edge] for edge in edges}), feeds, c.threads)
+        other = run_all(session(simulate(c, {edge: c.params[edge] for edge in edges}), threads=c.threads), feeds)
         pairs = zip(reference, other, strict=True)
         least = min((sqnr(a, b) for a, b in pairs if a.dtype.kind == "f"), default=inf)
         rows.append(SensitivityRow(*key, len(edges), least if np.isfinite(least) else None))
@@ -82,10 +81,3 @@ def groups_of(c: Compilation) -> dict[tuple[str, str, str], list[Edge]]:
         if block:
             groups.setdefault(("block", block, "both"), []).append(edge)
     return groups
-
-
-def _outputs(graph: Graph, feeds: Sequence[Feed], threads: int) -> list[Array]:
-    """Every output on all batches together."""
-    runtime = session(graph, threads=threads)
-    batches = [run(runtime, feed) for feed in feeds]
-    return [np.concatenate([np.atleast_1d(batch[index]) for batch in batches]) for index in range(len(batches[0]))]

@@ -99,4 +99,4 @@ def add_to_bias(graph: Graph, linear: Linear, offset: NDArray[Any]) -> None:
     bias = graph.constant(f"{linear.name}/bias", offset.astype(np.float32))
     total = graph.insert("Add", [product, bias], name=f"{linear.name}/add", like=product)
     linear.add = total.inputs[0]
-    graph.replace(product, total, only=lambda n: n is not linear.add)
+    graph.replace(product, total)

@@ -86,8 +86,7 @@ def _move(graph: Graph, node: Node, rows: dict[int, Tensor]) -> None:
             node.inputs[index] = rows[id(tensor)]
     target = graph.constant(f"{node.name}/tokens", np.array([-1, *shape[1:]], np.int64))
     tokens = graph.insert("Reshape", [result, target], name=f"{node.name}/tokens", like=result)
-    reshape = tokens.inputs[0]
-    graph.replace(result, tokens, only=lambda reader: reader is not reshape)
+    graph.replace(result, tokens)
     result.shape = [None, shape[-1]]
     if node.op == "LayerNormalization":
         node.attrs["axis"] = -1
