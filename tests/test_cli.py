@@ -264,6 +264,13 @@ def test_the_printed_pipeline_can_be_given_back() -> None:
     assert "canonicalize," in pipeline
 
 
+def test_the_pipeline_is_that_of_all_options() -> None:
+    few, eight = (run("--print-pipeline", "--recipe", "best", "--bits", bits).stdout for bits in ("w4a4", "w8a8"))
+    assert "search-ranges" in few
+    assert "search-ranges" not in eight
+    assert run("--print-pipeline", "--bits", "w4a4", "--storage", "native").stdout.strip().endswith(",pack-weights")
+
+
 def test_version() -> None:
     assert run("--version").stdout.startswith(f"{PROGRAM} 0.")
 
