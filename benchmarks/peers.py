@@ -19,6 +19,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import chdir
 from pathlib import Path
 from typing import Any
 
@@ -52,12 +53,14 @@ def calibration_feeds(model: Path, source: Path | None, preprocess: str | None, 
 
 
 def prepare(model: Path, output: Path) -> Path:
-    """``quant_pre_process``; without symbolic shapes where their inference fails."""
-    try:
-        quant_pre_process(model, output)
-    except Exception as error:
-        say(f"quant_pre_process: {str(error).splitlines()[0]}; again without symbolic shapes")
-        quant_pre_process(model, output, skip_symbolic_shape=True)
+    """``quant_pre_process``; without symbolic shapes where their inference fails, which leaves a file where it runs."""
+    model, output = model.resolve(), output.resolve()
+    with chdir(output.parent):
+        try:
+            quant_pre_process(model, output)
+        except Exception as error:
+            say(f"quant_pre_process: {str(error).splitlines()[0]}; again without symbolic shapes")
+            quant_pre_process(model, output, skip_symbolic_shape=True)
     return output
 
 
