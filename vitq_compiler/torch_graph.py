@@ -183,9 +183,14 @@ def _functions(torch: Any) -> dict[str, Operator]:
     def clip(node: Node, x: Any, low: Any = None, high: Any = None) -> Any:
         return torch.clamp(x, None if low is None else lift(low, x), None if high is None else lift(high, x))
 
+    def product(a: Any, b: Any) -> Any:
+        """In float32 again where torch was told to compute it with less (autocast)."""
+        y = torch.matmul(a, b)
+        return y.float() if y.dtype == torch.bfloat16 else y
+
     def gemm(node: Node, a: Any, b: Any, c: Any = None) -> Any:
         a, b = a.mT if node.attrs.get("transA", 0) else a, b.mT if node.attrs.get("transB", 0) else b
-        y = node.attrs.get("alpha", 1.0) * (a @ b)
+        y = node.attrs.get("alpha", 1.0) * product(a, b)
         return y if c is None else y + node.attrs.get("beta", 1.0) * c
 
     def attention(node: Node, q: Any, k: Any, v: Any, mask: Any = None) -> Any:
@@ -211,7 +216,7 @@ def _functions(torch: Any) -> dict[str, Operator]:
         return result
 
     return {
-        "MatMul": binary(torch.matmul),
+        "MatMul": binary(product),
         "Gemm": gemm,
         "Add": binary(lambda a, b: a + b),
         "Sum": total,

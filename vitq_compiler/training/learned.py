@@ -23,7 +23,8 @@ from numpy.typing import NDArray
 
 from vitq_compiler.quant import Edge, QuantParams, quantize
 from vitq_compiler.torch_graph import Taps, Tensor, require_torch
-from vitq_compiler.training.rounding_styles import STYLES, RoundingStyle, nearest
+from vitq_compiler.training.fake_quantize import dequantize, fake_quantize, nearest
+from vitq_compiler.training.rounding_styles import STYLES, RoundingStyle
 
 Function = Callable[[Tensor], Tensor]
 
@@ -57,12 +58,10 @@ class Activation:
         self.shift = _trained(np.zeros(()), device) if free else None  # of the zero point, in parts of all codes
 
     def __call__(self, x: Tensor) -> Tensor:
-        scale, first, last = self.scale.exp(), self._params.quant_min, self._params.quant_max
-        zero_point = self._zero_point()
-        return ((nearest(x / scale) + zero_point).clamp(first, last) - zero_point) * scale
+        return fake_quantize(x, self.scale.exp(), self._zero_point(), self._params.quant_min, self._params.quant_max)
 
     def _zero_point(self) -> Tensor:
-        start = int(self._params.zero_point)
+        start = self.scale.new_tensor(float(self._params.zero_point))
         if self.shift is None:
             return start
         return nearest(start + self._codes * self.shift).clamp(self._params.quant_min, self._params.quant_max)
@@ -106,7 +105,7 @@ class Weight:
         return self._value(self.style.hard())
 
     def _value(self, codes: Tensor) -> Tensor:
-        return (codes.clamp(self._params.quant_min, self._params.quant_max) - self._zero_point) * self.scale.exp()
+        return dequantize(codes, self.scale.exp(), self._zero_point, self._params.quant_min, self._params.quant_max)
 
     def codes(self) -> NDArray[Any]:
         """The codes as they are now."""

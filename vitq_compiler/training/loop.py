@@ -1,6 +1,7 @@
 """The optimizer: minibatches, falling rates, samples held back, and a file from which to go on.
 
-The state that serves held-back samples best, computed as it will be deployed, is kept: the loss on them never grows.
+The state that serves held-back samples best, computed as it will be deployed, is kept: the loss on them never grows. Products of
+training, not those of judging, are computed in bfloat16 where the processor is built for it: several times as fast.
 """
 
 from __future__ import annotations
@@ -60,6 +61,15 @@ def pick_device(wanted: str) -> str:
     return wanted
 
 
+def has_bfloat16(device: str) -> bool:
+    """Whether a device of torch multiplies matrices in bfloat16 faster than in float32."""
+    torch = require_torch("training")
+    if device.startswith("cuda"):
+        return bool(torch.cuda.is_bf16_supported(including_emulation=False))
+    found = torch.cpu.get_capabilities() if device == "cpu" and hasattr(torch.cpu, "get_capabilities") else {}
+    return any(found.get(feature) for feature in ("avx512_bf16", "amx_bf16"))
+
+
 def train(
     learned: Learned,
     loss: Loss,
@@ -86,7 +96,8 @@ def train(
     for group, rate in rates:
         for parameter in group.values():
             parameter.requires_grad_(rate > 0)
-    optimizer = torch.optim.Adam([{"params": list(group.values()), "lr": rate} for group, rate in rates if group and rate > 0])
+    optimizer = torch.optim.Adam([{"params": list(group.values()), "lr": rate} for group, rate in rates if group and rate > 0], fused=True)
+    products = torch.autocast(learned.device.partition(":")[0], torch.bfloat16, enabled=has_bfloat16(learned.device))
     falling = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, schedule.steps)
     parameters = learned.parameters
 
@@ -112,7 +123,8 @@ def train(
     every = max(1, schedule.steps // schedule.checks)
     for step in range(state["step"], schedule.steps):
         optimizer.zero_grad()
-        total = loss(int(order[step]), learned.taps(Noise(schedule.drop, step)))
+        with products:
+            total = loss(int(order[step]), learned.taps(Noise(schedule.drop, step)))
         if (exponent := sharpness(step / schedule.steps)) is not None and (penalty := learned.penalty(exponent)) is not None:
             total = total + PENALTY * penalty
         total.backward()

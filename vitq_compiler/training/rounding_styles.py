@@ -12,6 +12,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 
 from vitq_compiler.torch_graph import Tensor, require_torch
+from vitq_compiler.training.fake_quantize import nearest
 
 LOWEST, STRETCH = -0.1, 1.2  # of the rectified sigmoid
 WARM_UP = 0.2  # part of the training in which h is left alone
@@ -76,11 +77,6 @@ class Adaround(RoundingStyle):
 
 
 STYLES: dict[str, type[Nearest] | type[Adaround]] = {"nearest": Nearest, "adaround": Adaround}
-
-
-def nearest(x: Tensor) -> Tensor:
-    """Rounded, with the gradient of the identity."""
-    return x + (x.round() - x).detach()
 
 
 def sharpness(done: float) -> float | None:
