@@ -6,7 +6,7 @@ x are the inputs in the float graph, x' those behind all quantizers and compensa
 regression; first step of ERQ, arXiv 2407.06794, reconstruction of RepQuant, arXiv 2402.05628). ``strength`` is in parts of
 the mean energy of an input, so that one number serves all layers; with ``validated`` each layer gets the one with which half of the
 batches serves the other half best (and half of it, for twice the samples). Scales of the new weight are computed afresh. An output
-whose error, weights rounded, would not shrink keeps its old weight.
+whose error, weights rounded, would not shrink keeps its old weight. ``samples`` is as in round-weights.
 """
 
 from __future__ import annotations
@@ -35,10 +35,11 @@ class CompensateWeights(Pass):
     requires = frozenset({Fact.QPARAMS})
     strength: float = 0.5
     validated: bool = False
+    samples: int = 0
 
     def __post_init__(self) -> None:
-        if not self.strength >= 0:
-            raise ValueError(f"strength must be at least 0, got {self.strength}")
+        if not self.strength >= 0 or self.samples < 0:
+            raise ValueError(f"strength and samples (0: all) must not be negative, got {self.strength} and {self.samples}")
 
     def run(self, c: Compilation) -> int:
         def compensate(linear: Linear, target: Target, moments: Moments) -> None:
@@ -54,7 +55,7 @@ class CompensateWeights(Pass):
             c.rounding.pop(edge, None)
             set_bias(linear, target.bias + moments.bias_offset(target.weight, np.where(kept, quantized[1], quantized[0])))
 
-        return sweep(c, compensate, "compensating", halves=self.validated)
+        return sweep(c, compensate, "compensating", samples=self.samples, halves=self.validated)
 
     def _strength(self, target: Target, moments: Moments) -> float:
         """The given one, unless it is to be chosen and there are two batches to do so."""

@@ -6,7 +6,8 @@ Layer by layer in the order of the network, x' being the inputs behind all quant
 ``nearest``; ``gptq``, row by row with second-order feedback (arXiv 2210.17323); ``gptaq``, the same with the error of the inputs
 in it (arXiv 2504.02692); ``greedy``, single codes moved while that helps (arXiv 2407.06794). ``flips`` does the last after any
 of them. After compensate-weights the error of the inputs is already in the weights, and gptaq is gptq. For each output the
-best of what the method and its simpler forms give is taken, so no output gets worse than nearest; the bias follows.
+best of what the method and its simpler forms give is taken, so no output gets worse than nearest; the bias follows. Where more
+``samples`` are there for a training to come, the first 512 or so are enough here.
 """
 
 from __future__ import annotations
@@ -37,12 +38,14 @@ class RoundWeights(Pass):
     damping: float = 0.01
     act_order: bool = True
     flips: int = 0
+    samples: int = 0
 
     def __post_init__(self) -> None:
         if self.method not in METHODS:
             raise ValueError(f"method must be one of {', '.join(METHODS)}, got {self.method}")
-        if not self.damping > 0 or self.flips < 0:
-            raise ValueError(f"damping must be positive and flips not negative, got {self.damping} and {self.flips}")
+        if not self.damping > 0 or self.flips < 0 or self.samples < 0:
+            got = f"{self.damping}, {self.flips} and {self.samples}"
+            raise ValueError(f"damping must be positive, flips and samples (0: all) not negative, got {got}")
 
     def run(self, c: Compilation) -> int:
         def round_layer(linear: Linear, target: Target, moments: Moments) -> None:
@@ -55,7 +58,7 @@ class RoundWeights(Pass):
             chosen = dequantize(c.rounding[edge], params).astype(np.float64)
             set_bias(linear, target.bias + moments.bias_offset(target.weight, chosen))
 
-        return sweep(c, round_layer, "rounding")
+        return sweep(c, round_layer, "rounding", samples=self.samples)
 
     def _candidates(self, weight: Matrix, params: QuantParams, target: Target, moments: Moments) -> list[Codes]:
         hessian = moments.other_covariance

@@ -26,6 +26,22 @@ def test_the_error_is_that_of_the_samples_under_the_best_bias() -> None:
     np.testing.assert_allclose(m.error(W, V), np.square(difference).mean(0), rtol=1e-4)
 
 
+def test_batches_are_put_together(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Moments, and those of the halves, are the same whatever is multiplied at a time."""
+    pairs = [(x, np.round(x)) for x in np.split(X, 6)]
+    found = []
+    for rows in (1, 120, 10**6):
+        monkeypatch.setattr("vitq_compiler.moments.ROWS", rows)
+        found.append(Moments.gather(iter(pairs), halves=True))
+    for other in found[1:]:
+        assert other.halves is not None
+        assert found[0].halves is not None
+        for a, b in zip((found[0], *found[0].halves), (other, *other.halves), strict=True):
+            assert a.rows == b.rows
+            for one, two in zip(a.sums, b.sums, strict=True):
+                np.testing.assert_allclose(one, two, rtol=1e-5, atol=1e-3)
+
+
 def test_regression_without_penalty_is_least_squares() -> None:
     design = np.c_[OTHER, np.ones(300)]
     expected = np.linalg.lstsq(design, X @ W, rcond=None)[0][:-1]

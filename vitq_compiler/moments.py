@@ -10,7 +10,7 @@ and memory does not grow with their number.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from functools import cached_property
 
@@ -20,6 +20,8 @@ from numpy.typing import NDArray
 from vitq_compiler.rounding import damped
 
 Matrix = NDArray[np.float64]
+Pair = tuple[NDArray[np.float32], NDArray[np.float32]]
+ROWS = 4096  # input vectors that go into one product, at least: sums of large matrices cost as much as products of few rows
 
 
 @dataclass(frozen=True)
@@ -37,12 +39,11 @@ class Moments:
     halves: tuple[Moments, Moments] | None = None
 
     @classmethod
-    def gather(cls, pairs: Iterable[tuple[NDArray[np.float32], NDArray[np.float32]]], *, halves: bool = False) -> Moments:
+    def gather(cls, pairs: Iterable[Pair], *, halves: bool = False) -> Moments:
         """Sum over batches of (x, x'), each of shape [samples, ..., inputs]; equal rows belong together."""
         totals: list[Moments] = []
-        for number, (x, other) in enumerate(pairs):
-            part = cls._of(x.reshape(-1, x.shape[-1]), other.reshape(-1, x.shape[-1]))
-            place = number % 2 if halves else 0
+        for place, x, other in _grouped(pairs, 2 if halves else 1):
+            part = cls._of(x, other)
             totals[place : place + 1] = [totals[place] + part] if place < len(totals) else [part]
         if not totals:
             raise ValueError("moments of no samples")
@@ -115,3 +116,20 @@ class Moments:
         factor: Matrix = np.divide(shared, made, out=np.ones_like(shared), where=made > 0)
         clamped: Matrix = np.clip(factor, low, high)
         return clamped
+
+
+def _grouped(pairs: Iterable[Pair], places: int) -> Iterator[tuple[int, NDArray[np.float32], NDArray[np.float32]]]:
+    """Batches dealt out to so many places in turn, put together to `ROWS` rows: place, x and x', each [rows, inputs]."""
+    waiting: list[list[Pair]] = [[] for _ in range(places)]
+
+    def together(place: int) -> tuple[int, NDArray[np.float32], NDArray[np.float32]]:
+        x, other = (np.concatenate(parts) for parts in zip(*waiting[place], strict=True))
+        waiting[place] = []
+        return place, x, other
+
+    for number, (x, other) in enumerate(pairs):
+        place = number % places
+        waiting[place].append((x.reshape(-1, x.shape[-1]), other.reshape(-1, x.shape[-1])))
+        if sum(len(rows) for rows, _ in waiting[place]) >= ROWS:
+            yield together(place)
+    yield from (together(place) for place in range(places) if waiting[place])

@@ -20,6 +20,7 @@ from vitq_compiler.pipeline import Compilation
 from vitq_compiler.prefix import Inputs, Stage, stages, walk
 from vitq_compiler.qdq import insert_qdq, quantized_weight
 from vitq_compiler.quant import Edge, fake_quantize
+from vitq_compiler.runtime import Feed
 
 
 @dataclass(frozen=True)
@@ -79,11 +80,12 @@ def quantized_part(c: Compilation, stage: Stage) -> Graph:
     return part
 
 
-def sweep(c: Compilation, repair: Repair, label: str, *, halves: bool = False) -> int:
+def sweep(c: Compilation, repair: Repair, label: str, *, samples: int = 0, halves: bool = False) -> int:
     """Call ``repair`` for every quantized layer, first to last; returns their number.
 
     The moments are of the inputs in the float graph and of the quantized inputs behind all repaired layers before. q, k and v,
-    which read the same tensor, share them. With ``halves`` they have those of every other batch too.
+    which read the same tensor, share them. They are of the first ``samples`` samples, or of all where it is 0; with ``halves`` they
+    have those of every other batch too.
     """
     floating, wanted, linears = reference(c), targets(c), repairable(c)
     cut = stages(c.graph, linears)
@@ -91,7 +93,7 @@ def sweep(c: Compilation, repair: Repair, label: str, *, halves: bool = False) -
     steps = walk(
         floating,
         cut,
-        c.data.calibration(),
+        _first(c.data.calibration(), samples) if samples else c.data.calibration(),
         lambda stage: quantized_part(c, stage),
         threads=c.threads,
         work_dir=c.work_dir,
@@ -106,6 +108,13 @@ def sweep(c: Compilation, repair: Repair, label: str, *, halves: bool = False) -
             repair(linear, wanted[linear.name], shared[key])
             changes += 1
     return changes
+
+
+def _first(batches: Iterator[Feed], samples: int) -> Iterator[Feed]:
+    """Whole batches, until there are so many samples."""
+    while samples > 0 and (feed := next(batches, None)) is not None:
+        yield feed
+        samples -= len(next(iter(feed.values())))
 
 
 def _rounded(c: Compilation, linear: Linear, inputs: Inputs) -> Iterator[tuple[NDArray[np.float32], NDArray[np.float32]]]:

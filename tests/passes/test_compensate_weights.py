@@ -63,9 +63,23 @@ def test_layers_without_a_bias_get_one() -> None:
     assert np.isfinite(run_model(simulate(c), feed_of(c.graph))[0]).all()
 
 
-def test_a_negative_strength_is_refused() -> None:
-    with pytest.raises(ValueError, match="strength must be at least 0, got -1"):
-        find_pass("compensate-weights")(strength=-1.0)
+@pytest.mark.parametrize("option", ["strength", "samples"])
+def test_negative_numbers_are_refused(option: str) -> None:
+    with pytest.raises(ValueError, match=r"must not be negative, got .*-1"):
+        find_pass("compensate-weights")(**{option: -1})
+
+
+def test_samples_are_the_first_of_them() -> None:
+    """Whole batches: 8 of 48 samples are one batch, and so are 5."""
+    found = []
+    for count, samples in ((1, 0), (6, 8), (6, 5), (6, 0)):
+        c = prepared()
+        c.data = Batches(c.graph.inputs, batches=count, batch_size=8)
+        find_pass("compensate-weights")(samples=samples).run(c)
+        found.append(np.concatenate([value(linear.weight).reshape(-1) for linear in c.annotations.linears]))
+    np.testing.assert_array_equal(found[1], found[0])
+    np.testing.assert_array_equal(found[2], found[0])
+    assert not np.array_equal(found[3], found[0])
 
 
 @pytest.mark.parametrize("rows", [20, 2000])

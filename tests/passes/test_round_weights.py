@@ -85,7 +85,12 @@ def test_it_follows_into_the_compiled_graph() -> None:
 
 
 @pytest.mark.parametrize(
-    ("options", "reason"), [({"method": "up"}, "method must be one of nearest, gptq"), ({"damping": 0.0}, "damping must be positive")]
+    ("options", "reason"),
+    [
+        ({"method": "up"}, "method must be one of nearest, gptq"),
+        ({"damping": 0.0}, "damping must be positive"),
+        ({"samples": -1}, "not negative"),
+    ],
 )
 def test_senseless_options_are_refused(options: dict[str, object], reason: str) -> None:
     with pytest.raises(ValueError, match=reason):
