@@ -9,15 +9,18 @@ repaired afterwards. What differs between rows is what the float graph was rewri
 from __future__ import annotations
 
 import argparse
+import json
+import math
 import tempfile
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from benchmarks.tables import Cell, Table, say
 
 if TYPE_CHECKING:
-    from benchmarks.tasks import Array, Task
+    from benchmarks.accuracy import Score
+    from benchmarks.tasks import Task
     from vitq_compiler.graph import Graph
     from vitq_compiler.pipeline import Compilation
     from vitq_compiler.recipe import Recipe
@@ -51,6 +54,7 @@ REWRITES = {
     "rotations, centring, fold 0.5": (f"{ROTATED},rotate-heads,{CENTRED}", FOLD),
     "rotations, centring, fold 1": (f"{ROTATED},rotate-heads,{CENTRED}", f"{FOLD}{{strength=1}}"),
 }
+SEARCHED = "compute-qparams,search-ranges{rows=192 images=2}"
 AT_ONCE = 8  # graphs that are in memory together
 
 
@@ -63,27 +67,30 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--recipe", help="quantize what this recipe does, at its bits, not what is said above")
     parser.add_argument("--builtin", action="store_true", help="calibrate on built-in pictures, not on training images")
     parser.add_argument("--probs", type=int, default=8, metavar="N", help="bits of probabilities [8]")
-    parser.add_argument("--ranges", default="compute-qparams", metavar="TEXT", help="passes that set ranges [compute-qparams]")
+    parser.add_argument("--ranges", metavar="TEXT", help=f"passes that set ranges [compute-qparams; below 8 bits {SEARCHED}]")
     parser.add_argument("--images", type=int, metavar="N", help="images [as many as the accuracy command]")
     parser.add_argument("--held-out", action="store_true", help="training images that calibration did not see, not test images")
     parser.add_argument("--samples", type=int, default=32, metavar="N", help="calibration samples [32]")
     parser.add_argument("--seed", type=int, default=0, help="of the choice of calibration images [0]")
     parser.add_argument("--data", type=Path, metavar="DIR", help="folder of images and models [VITQ_DATA, else .data/real]")
     parser.add_argument("--threads", type=int, default=0, metavar="N", help="of the runtime; 0 for all cores [0]")
+    parser.add_argument("--results", type=Path, metavar="FILE", help="keep what is measured here, and measure only what is missing there")
 
 
 def measure(options: argparse.Namespace) -> list[Table]:
-    """One table for each model and bits."""
+    """One table for each model."""
     from benchmarks.tasks import TASKS
 
-    return [table for name in options.model for table in measure_task(TASKS[name], options)]
+    return [measure_task(TASKS[name], options) for name in options.model]
 
 
-def measure_task(task: Task, options: argparse.Namespace) -> list[Table]:
-    """For each choice of bits: quantize the model once for every row, and run all of them on the same images."""
+def measure_task(task: Task, options: argparse.Namespace) -> Table:
+    """Quantize the model for every row, bits and symmetry, and run all of them on the same images."""
     import numpy as np
 
+    from benchmarks.accuracy import evaluate
     from benchmarks.tasks import HELD_BACK, data_folder, existing, write_calibration
+    from vitq_compiler import runtime
     from vitq_compiler.graph import Graph
     from vitq_compiler.model_io import read_model
 
@@ -92,56 +99,100 @@ def measure_task(task: Task, options: argparse.Namespace) -> list[Table]:
     with np.load(existing(folder / task.images)) as stored:
         train, train_labels, tests, labels = (stored[key] for key in ("x_train", "y_train", "x_test", "y_test"))
     if options.held_out:
-        calibrating = options.samples + HELD_BACK
-        order = np.random.default_rng(options.seed).permutation(len(train))[calibrating:][: options.images or task.count]
-        images = Images(train, train_labels, order)
+        images, labels = train, train_labels
+        order = np.random.default_rng(options.seed).permutation(len(train))[options.samples + HELD_BACK :]
     else:
-        images = Images(tests, labels, (task.order() if task.order else np.arange(len(tests)))[: options.images or task.count])
+        images, order = tests, task.order() if task.order else np.arange(len(tests))
+    order = order[: options.images or task.count]
+    results = Results(options.results, settings(task, len(order), options))
+    cases = [
+        Case(name, bits, symmetric, ranges(bits, options))
+        for bits in options.bits
+        for name in options.rewrites
+        for symmetric in options.symmetric
+    ]
+    left = [case for case in cases if case not in results.scores]
     with tempfile.TemporaryDirectory() as temporary:
         source = Path(temporary) / "calibration.npz"
         write_calibration(task, train, Graph.from_proto(read_model(model)).inputs[0].name, options.samples, options.seed, source)
-        front = understood(model, source, task, options)
-        return [score_all(task, model, front, bits, images, options) for bits in options.bits]
+        front = understood(model, source, task, options) if left else None
+        for start in range(0, len(left), AT_ONCE):
+            sessions: dict[Case, Any] = {FLOAT: runtime.session(model, threads=options.threads)}
+            for case in left[start : start + AT_ONCE]:
+                say(f"{task.name} {case.bits}: {case.rewrites}, {'symmetric' if case.symmetric == 'yes' else 'asymmetric'}")
+                assert front is not None
+                sessions[case] = runtime.session(quantized(front, case, options), threads=options.threads)
+            results.add(evaluate(task, sessions, images, labels, order))
+    return table(task, results.scores, options)
 
 
 @dataclass(frozen=True)
-class Images:
-    """Stored images with their labels, and which of them are looked at."""
+class Case:
+    """One graph to measure: a row, ``wNaM``, whether activations are symmetric, and the passes that set ranges."""
 
-    stored: Array
-    labels: Array
-    order: Array
+    rewrites: str
+    bits: str
+    symmetric: str
+    ranges: str
 
 
-def score_all(task: Task, model: Path, front: Compilation, bits: str, images: Images, options: argparse.Namespace) -> Table:
-    """One table."""
-    from benchmarks.accuracy import evaluate
-    from vitq_compiler import runtime
+FLOAT = Case("float", "", "", "")
 
-    scores: dict[Any, Any] = {}
-    rows = [(name, symmetric) for name in options.rewrites for symmetric in options.symmetric]
-    for start in range(0, len(rows), AT_ONCE):
-        sessions: dict[Any, Any] = {"float": runtime.session(model, threads=options.threads)}
-        for name, symmetric in rows[start : start + AT_ONCE]:
-            say(f"{task.name} {bits}: {name}, {'symmetric' if symmetric == 'yes' else 'asymmetric'}")
-            graph = quantized(front, bits, symmetric == "yes", *REWRITES[name], options)
-            sessions[name, symmetric] = runtime.session(graph, threads=options.threads)
-        scores |= evaluate(task, sessions, images.stored, images.labels, images.order)
-    count = len(images.order)
-    cells: list[tuple[Cell, ...]] = [("float", *[scores["float"].right / count, None] * len(options.symmetric))]
+
+class Results:
+    """The scores of cases, of which a file keeps what runs with the same settings have measured."""
+
+    def __init__(self, path: Path | None, common: dict[str, Any]) -> None:
+        from benchmarks.accuracy import Score
+
+        self.path, self.common = path, common
+        lines = path.read_text(encoding="utf-8").splitlines() if path is not None and path.is_file() else []
+        rows = [json.loads(line) for line in lines]
+        self.scores = {Case(**row["case"]): Score(**row["score"]) for row in rows if row["settings"] == common}
+
+    def add(self, scores: dict[Case, Score]) -> None:
+        """Take new scores, and write them down."""
+        self.scores |= scores
+        if self.path is not None:
+            with self.path.open("a", encoding="utf-8") as stream:
+                for case, score in scores.items():
+                    stream.write(json.dumps({"settings": self.common, "case": asdict(case), "score": asdict(score)}) + "\n")
+
+
+def settings(task: Task, count: int, options: argparse.Namespace) -> dict[str, Any]:
+    """Whatever else a score depends on."""
+    chosen = {name: getattr(options, name) for name in ("held_out", "builtin", "samples", "seed", "probs", "recipe")}
+    return {"model": task.name, "images": count, **chosen}
+
+
+def ranges(bits: str, options: argparse.Namespace) -> str:
+    """The passes that set ranges."""
+    return str(options.ranges or ("compute-qparams" if bits.endswith("a8") else SEARCHED))
+
+
+def table(task: Task, scores: dict[Case, Score], options: argparse.Namespace) -> Table:
+    """A row for each rewrite; top-1 and SQNR side by side for all bits."""
+    count = scores[FLOAT].images
+    right = scores[FLOAT].right / count
+    kinds = [(bits, symmetric) for bits in options.bits for symmetric in options.symmetric]
+    cells: list[tuple[Cell, ...]] = [("float", *[right, None] * len(kinds))]
     for name in options.rewrites:
-        both = [scores[name, symmetric] for symmetric in options.symmetric]
-        cells.append((name, *(cell for s in both for cell in (s.right / s.images, s.sqnr))))
-    headings = {"no": ("top-1", "SQNR, dB"), "yes": ("top-1 symmetric", "SQNR symmetric, dB")}
+        row = [scores[Case(name, bits, symmetric, ranges(bits, options))] for bits, symmetric in kinds]
+        cells.append((name, *(cell for score in row for cell in (score.right / count, score.sqnr))))
+    headings = [f"{bits.upper()}{' sym.' if symmetric == 'yes' else ''} {what}" for bits, symmetric in kinds for what in ("top-1", "dB")]
     kind = "held-out training" if options.held_out else "test"
     source = "built-in pictures calibrate" if options.builtin else "calibration images"
     what = f"Recipe {options.recipe}" if options.recipe else f"Probabilities: {options.probs} bits"
+    after = "; ".join(f"`{passes}`" for passes in dict.fromkeys(ranges(bits, options) for bits in options.bits))
     return Table(
-        f"{task.name}, {bits.upper()}, {count} {kind} images",
-        ("rewrites", *(heading for symmetric in options.symmetric for heading in headings[symmetric])),
+        f"{task.name}, {count} {kind} images",
+        ("rewrites", *headings),
         tuple(cells),
-        (f"{options.samples} {source}, seed {options.seed}. {what}. After the rewrites: `{options.ranges}`.",),
-        {"top-1": ".4f", "top-1 symmetric": ".4f", "SQNR, dB": ".1f", "SQNR symmetric, dB": ".1f"},
+        (
+            f"{options.samples} {source}, seed {options.seed}. {what}. After the rewrites: {after}.",
+            f"One standard error of top-1: {math.sqrt(right * (1 - right) / count):.4f} at that of the float graph.",
+        ),
+        {heading: ".4f" if heading.endswith("top-1") else ".1f" for heading in headings},
     )
 
 
@@ -163,15 +214,16 @@ def understood(model: Path, calibration: Path, task: Task, options: argparse.Nam
     return c
 
 
-def quantized(front: Compilation, bits: str, symmetric: bool, before: str, after: str, options: argparse.Namespace) -> Graph:
+def quantized(front: Compilation, case: Case, options: argparse.Namespace) -> Graph:
     """The float graph with quantizers, as the runtime can run it."""
     from vitq_compiler.catalog import find_pass
     from vitq_compiler.pipeline import Compilation, Pipeline
     from vitq_compiler.qdq import simulate
 
-    recipe = study(symmetric, options).with_bits(bits)
+    before, after = REWRITES[case.rewrites]
+    recipe = study(case.symmetric == "yes", options).with_bits(case.bits)
     c = Compilation(front.graph.snapshot(), recipe, front.target, front.data, threads=options.threads)
-    steps = ("canonicalize,annotate", front.target.rewrites, before, "calibrate", after, options.ranges)
+    steps = ("canonicalize,annotate", front.target.rewrites, before, "calibrate", after, case.ranges)
     Pipeline.parse(",".join(filter(None, steps)), find_pass).run(c)
     return simulate(c)
 

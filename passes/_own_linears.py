@@ -20,7 +20,7 @@ def own_linears(c: Compilation, attention: Attention) -> list[Tensor]:
     Raises:
         MatchFailure: something else reads a Linear that has to be taken apart.
     """
-    views = {"q": attention.q, "k": attention.k, "v": attention.v}
+    views = attention.views
     for linear in attention.linears:
         mine = {letter: view for letter, view in views.items() if view.linear is linear}
         if len(mine) == 1 and all(np.array_equal(view.columns, np.arange(linear.out_features)) for view in mine.values()):

@@ -16,17 +16,20 @@ import numpy as np
 
 from vitq_compiler.blocks.attention import Attention, shift_features
 from vitq_compiler.calibration import ChannelStatistics
-from vitq_compiler.passes._heads import ObservedHeads
+from vitq_compiler.passes._heads import ObservedHeads, queries_and_keys
 from vitq_compiler.pipeline import Compilation
 
 
 @dataclass(frozen=True)
-class CenterKeys(ObservedHeads):
+class CenterKeys(ObservedHeads[Attention]):
     """softmax(q k') -> softmax(q (k - center)')"""
 
     name = "center-keys"
     letters = "k"
     does = "keys are not centred"
+
+    def blocks(self, c: Compilation) -> list[Attention]:
+        return queries_and_keys(self, c, self.does)
 
     def rewrite(self, c: Compilation, attention: Attention, seen: dict[str, ChannelStatistics]) -> None:
         """Into the bias of the key Linear."""

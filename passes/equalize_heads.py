@@ -17,13 +17,13 @@ from numpy.typing import NDArray
 
 from vitq_compiler.blocks.attention import Attention, HeadView, scale_features
 from vitq_compiler.calibration import ChannelStatistics
-from vitq_compiler.passes._heads import ObservedHeads
+from vitq_compiler.passes._heads import ObservedHeads, queries_and_keys
 from vitq_compiler.pipeline import Compilation
 from vitq_compiler.quant import check_strength, equalizing_scale
 
 
 @dataclass(frozen=True)
-class EqualizeHeads(ObservedHeads):
+class EqualizeHeads(ObservedHeads[Attention]):
     """q k' -> (q diag(a)) (k diag(1/a))'"""
 
     name = "equalize-heads"
@@ -34,6 +34,9 @@ class EqualizeHeads(ObservedHeads):
 
     def __post_init__(self) -> None:
         check_strength(self.strength)
+
+    def blocks(self, c: Compilation) -> list[Attention]:
+        return queries_and_keys(self, c, self.does)
 
     def rewrite(self, c: Compilation, attention: Attention, seen: dict[str, ChannelStatistics]) -> None:
         """Into the Linear layers of q and k."""

@@ -16,7 +16,7 @@ import numpy as np
 
 from vitq_compiler.blocks.attention import Attention, feeds_only, is_product, scale_features
 from vitq_compiler.graph import Graph, Node, Tensor, producer, scalar, unique
-from vitq_compiler.passes._heads import private_attentions
+from vitq_compiler.passes._heads import private, queries_and_keys
 from vitq_compiler.pattern import MatchFailure
 from vitq_compiler.pipeline import Compilation, Fact, Pass
 from vitq_compiler.views import VIEWS
@@ -35,7 +35,8 @@ class FoldAttentionScale(Pass):
 
     def run(self, c: Compilation) -> int:
         changes = 0
-        for attention in private_attentions(self, c, "q", STAYS, lambda attention: attention.scale != 1):
+        scaled = [attention for attention in queries_and_keys(self, c, STAYS) if attention.scale != 1]
+        for attention in private(self, c, scaled, "q", STAYS):
             try:
                 _fold(c.graph, attention)
                 changes += 1

@@ -6,7 +6,7 @@ Nothing is added at run time: R goes into the Linear layers of q and k, S into t
 SpinQuant, arXiv 2405.16406, without the part that is computed at run time).
 
 Precondition: q, k and v are read by this attention alone and share no features. Rotary embeddings, normalized queries and
-cosine attention put operations between a Linear and the product that no rotation passes.
+cosine attention put operations between a Linear and q k' that no rotation passes; v is rotated there all the same.
 """
 
 from __future__ import annotations
@@ -15,9 +15,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from vitq_compiler.blocks.attention import Attention, map_heads, map_merged_heads
+from vitq_compiler.blocks.attention import Values, map_heads, map_merged_heads
 from vitq_compiler.orthogonal import random_orthogonal
-from vitq_compiler.passes._heads import private_attentions
+from vitq_compiler.passes._heads import private, queries_and_keys, values
 from vitq_compiler.pipeline import Compilation, Fact, Pass
 
 
@@ -35,15 +35,16 @@ class RotateHeads(Pass):
 
     def run(self, c: Compilation) -> int:
         changes = 0
-        for letters in ("qk" if self.keys else "", "v" if self.values else ""):
-            for attention in private_attentions(self, c, letters, f"{' and '.join(letters)} are not rotated") if letters else ():
+        for wanted, letters, find in ((self.keys, "qk", queries_and_keys), (self.values, "v", values)):
+            does = f"{' and '.join(letters)} are not rotated"
+            for attention in private(self, c, find(self, c, does), letters, does) if wanted else ():
                 self._rotate(attention, letters)
                 changes += 1
         return changes
 
-    def _rotate(self, attention: Attention, letters: str) -> None:
+    def _rotate(self, attention: Values, letters: str) -> None:
         random = np.random.default_rng((self.seed, attention.index, letters == "v"))
-        views = (attention.v,) if letters == "v" else (attention.q, attention.k)
+        views = [attention.views[letter] for letter in letters]
         head_dim = len(views[0].columns) // attention.heads
         rotations = np.stack([random_orthogonal(head_dim, random) for _ in range(attention.heads)])
         for view in views:

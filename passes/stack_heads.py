@@ -19,7 +19,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from vitq_compiler.blocks.attention import Attention, HeadView, feeds_only, head_views
+from vitq_compiler.blocks.attention import Attention, HeadView, Values, feeds_only, query_and_key, value_view
 from vitq_compiler.blocks.computed_attention import ComputedAttention
 from vitq_compiler.blocks.linear import Linear, add_to_bias
 from vitq_compiler.graph import Graph, Node, Tensor, is_constant, producer, readers, value
@@ -58,6 +58,8 @@ class StackHeads(Pass):
                 continue
             _stack(c, attention)
             computed.linears[:] = attention.linears
+            if isinstance(computed.values, Values):
+                computed.values.v = attention.v
             changes += 1
         c.graph.clean().infer_shapes()
         return changes
@@ -122,9 +124,11 @@ def _regrouped(computed: ComputedAttention, linears: list[Linear]) -> Attention:
         following = readers(following[0].outputs[0])
     if node is None or node.op != "MatMul" or is_constant(node.inputs[1]) or len(following) != 1 or following[0].op != "MatMul":
         raise MatchFailure(computed.reason)
-    views, scale = head_views(node, following[0], linears)
+    q, k, scale = query_and_key(node, linears)
+    v = value_view(following[0], linears)
     heads = int(node.outputs[0].shape[1])
-    return Attention(*views, node, computed.softmax, following[0], computed.proj, None, heads, scale)
+    products = {"scores": node, "softmax": computed.softmax, "context": following[0]}
+    return Attention(q=q, k=k, v=v, **products, proj=computed.proj, mask=None, heads=heads, scale=scale)
 
 
 def _bias(view: HeadView) -> np.ndarray:

@@ -166,6 +166,7 @@ class Sizes:
     layer_scale: bool = False
     class_token: bool = True
     gelu: str = "erf"  # or "tanh"
+    queries: str = "plain"  # or, with the keys, "rotary": turned by their positions; "cosine": divided by their lengths
     seed: int = 0
 
     @property
@@ -401,11 +402,26 @@ class _VitWriter:
             q, k, v = (w.op("Gather", five, w.weight("index", np.int64(i)), axis=0) for i in range(3))
         return q, k, v
 
+    def placed(self, x: str) -> str:
+        """Queries or keys [batch, heads, tokens, head_dim] as the sizes want them."""
+        w, s = self.w, self.sizes
+        if s.queries == "rotary":
+            dim = s.width // s.heads
+            angles = np.arange(s.tokens)[:, None] / (1 + np.arange(dim) % max(dim // 2, 1))
+            cosine, sine = (w.weight("angles", turn(angles).astype(np.float32)) for turn in (np.cos, np.sin))
+            first, second = (w.op("Slice", x, w.vector(a), w.vector(b), w.vector(3)) for a, b in ((0, dim // 2), (dim // 2, dim)))
+            turned = w.op("Concat", w.op("Neg", second), first, axis=3)
+            return str(w.op("Add", w.op("Mul", x, cosine), w.op("Mul", turned, sine)))
+        if s.queries == "cosine":
+            return str(w.op("Div", x, w.op("Sqrt", w.mean(w.op("Mul", x, x)))))
+        return x
+
     def attention(self, x: str) -> str:
         w, s = self.w, self.sizes
         weight = self.draw(s.width, 3 * s.width)
         bias = self.draw(3 * s.width) if s.bias else None
         q, k, v = self.heads_of(x, weight, bias)
+        q, k = self.placed(q), self.placed(k)
         scale = (s.width // s.heads) ** -0.5
         k = w.op("Transpose", k, perm=[0, 1, 3, 2])
         if self.dialect.scale in ("q", "both"):

@@ -26,6 +26,7 @@ ATTENTION = """
 STREAM = "e = MatMul(x, we) u = Add(e, be) n = LayerNormalization(u, {}) h = MatMul(n, wr) y = Add(h, bq)"
 BLOCKS = {  # no weight has more than 8 elements, so that the files show them
     "attention": f"n = Identity(x) {ATTENTION} y = Add(m, bp)",
+    "turned attention": f"n = Identity(x) {ATTENTION} y = Add(m, bp)".replace("Mul(qh, half)", "Mul(qh, turns)"),
     "stream": STREAM.format("g, b"),
     "plain stream": STREAM.format("ones, zeros"),
     "mlp": "h0 = MatMul(x, we) h1 = Add(h0, be) h = Relu(h1) m = MatMul(h, wr) y = Add(m, bq)",
@@ -42,6 +43,7 @@ CONSTANTS |= {f"b{letter}": integers(2) * np.float32(i + 1) for i, letter in enu
 CONSTANTS |= {"we": integers(2, 4), "be": integers(4), "wr": integers(4, 2), "half": np.array(0.5, np.float32)}
 CONSTANTS |= {"g": np.array([1, 2, 4, -1], np.float32), "b": np.array([0, 1, -2, 3], np.float32)}
 CONSTANTS |= {"ones": np.ones(4, np.float32), "zeros": np.zeros(4, np.float32)}
+CONSTANTS |= {"turns": integers(3, 2)}  # what the positions do to the queries, so that only the values are known
 CONSTANTS |= {"heads": np.array([1, 3, 1, 2]), "merged": np.array([1, 3, 2])}
 LOW, HIGH = np.array([-1, -4, 0, -16], np.float32), np.array([1, 4, 2, 48], np.float32)
 
@@ -83,6 +85,9 @@ def outputs(graph: Graph) -> list[Array]:
         ("center-values", "attention"),
         ("equalize-heads", "attention"),
         ("equalize-values{strength=1}", "attention"),
+        ("rotate-heads", "turned attention"),
+        ("center-values", "turned attention"),
+        ("equalize-values{strength=1}", "turned attention"),
         ("fold-layernorm-affine", "stream"),
         ("reparameterize-layernorm{strength=1}", "plain stream"),
         ("rotate-residual", "plain stream"),
@@ -96,4 +101,4 @@ def test_golden(text: str, name: str) -> None:
     assert _build(find_pass(rewrite), options.rstrip("}")).run(c)
     c.graph.clean()
     assert difference(before, outputs(c.graph)) <= 1e-5
-    assert_golden(c.graph, rewrite.replace("-", "_"))
+    assert_golden(c.graph, rewrite.replace("-", "_") + ("_turned" if name.startswith("turned") else ""))

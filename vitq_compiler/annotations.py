@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from vitq_compiler.blocks.attention import Attention, find_attention
+from vitq_compiler.blocks.attention import Attention, Values, find_attention
 from vitq_compiler.blocks.computed_attention import ComputedAttention, match_computed_attention
 from vitq_compiler.blocks.linear import Linear, find_linears
 from vitq_compiler.blocks.mlp import Mlp, find_mlps
@@ -93,6 +93,8 @@ def _find_attention(graph: Graph, linears: list[Linear]) -> tuple[list[Attention
     place = {id(node): number for number, node in enumerate(graph.nodes)}
     for index, attention in enumerate(sorted(blocks, key=lambda block: place[id(block.softmax)])):
         attention.index = index
+        if isinstance(attention, ComputedAttention) and isinstance(attention.values, Values):
+            attention.values.index = index
     return attentions, computed, failures
 
 

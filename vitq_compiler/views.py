@@ -7,12 +7,15 @@ Exporters split q, k and v out of a Linear in many ways (Reshape and Transpose, 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
 from vitq_compiler.graph import Node, Tensor, is_constant, producer, scalar, value
 from vitq_compiler.pattern import MatchFailure
+
+T = TypeVar("T", np.int64, np.bool_)
 
 BATCH = 2  # stands for a dynamic first axis while tracing
 TOKENS = 3  # stands for another dynamic axis, which is then that of the tokens
@@ -59,7 +62,7 @@ def trace(tensor: Tensor, rows: int = BATCH) -> View:
     shape = static_shape(tensor, rows)
     index = np.arange(int(np.prod(shape)), dtype=np.int64).reshape(shape)
     for node, result in reversed(chain):
-        index = _apply(node, result, index)
+        index = moved(node, result, index)
     return View(tensor, scale, index, shape)
 
 
@@ -81,7 +84,12 @@ def static_shape(tensor: Tensor, rows: int = BATCH) -> tuple[int, ...]:
     return tuple(d for d in sizes if d is not None)
 
 
-def _apply(node: Node, result: Tensor, x: NDArray[np.int64]) -> NDArray[np.int64]:
+def moved(node: Node, result: Tensor, x: NDArray[T]) -> NDArray[T]:
+    """What the layout operation ``node``, with constant arguments, makes of ``x`` in its output ``result``.
+
+    Raises:
+        MatchFailure: it fixes the batch, or runs backwards.
+    """
     arguments = [value(t) for t in node.inputs[1:]]
     if node.op == "Reshape":
         target = [int(d) for d in arguments[0]]

@@ -7,7 +7,9 @@ import pytest
 
 from tests.builders import graph_of
 from vitq_compiler.annotations import Annotations, understand
+from vitq_compiler.blocks.attention import Values
 from vitq_compiler.graph import Graph
+from vitq_compiler.pattern import MatchFailure
 
 # Four tokens of four channels; two heads of two channels.
 WEIGHTS = {
@@ -84,6 +86,27 @@ def test_structures(name: str) -> None:
     assert attention.reason.startswith(KINDS[name]) if name in KINDS else ";" not in attention.reason
     assert {linear.weight.name for linear in attention.linears} == {"wq", "wk", "wv"}
     assert roles(found) == {**dict.fromkeys(("wq", "wk", "wv"), ("qkv", "attention 0")), "wp": ("proj", "attention 0")}
+
+
+VALUES = {  # the others have their values as plain heads, and know where they go
+    "attention over channels": "an operand is no split of a Linear into heads over the same tokens",
+    "an activation before the projection": "is read by HardSwish",
+    "a normalization before the projection": "is read by LayerNormalization",
+    "a sum with the queries before the projection": "is read by Add",
+}
+
+
+@pytest.mark.parametrize("name", STRUCTURES)
+def test_what_is_behind_the_softmax(name: str) -> None:
+    (attention,) = understand(built(STRUCTURES[name])).computed_attentions
+    if name in VALUES:
+        assert isinstance(attention.values, MatchFailure)
+        assert VALUES[name] in attention.values.reason
+    else:
+        assert isinstance(attention.values, Values)
+        assert attention.values.proj is attention.proj
+        assert attention.values.v.linear in attention.linears
+        assert attention.values.v.columns.tolist() == [0, 1, 2, 3]
 
 
 NO_BLOCKS = {

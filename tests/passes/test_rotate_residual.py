@@ -1,5 +1,7 @@
 """fold-layernorm-affine and rotate-residual: outputs kept, outliers spread, refusals, and any sequence of exact passes."""
 
+from dataclasses import replace
+
 import numpy as np
 import onnx
 import pytest
@@ -163,6 +165,7 @@ CALIBRATED = (
     "reparameterize-layernorm{center=false}",
 )
 
+QUERIES = ("plain", "rotary", "cosine")
 swins = st.builds(
     SwinSizes,
     grid=st.sampled_from([4, 8]),
@@ -177,7 +180,7 @@ swins = st.builds(
 
 @settings(max_examples=25)
 @given(
-    st.one_of(st.builds(vit, sizes, dialects), st.builds(swin, swins)),
+    st.one_of(st.builds(vit, st.builds(replace, sizes, queries=st.sampled_from(QUERIES)), dialects), st.builds(swin, swins)),
     st.lists(st.sampled_from([*REWRITES, *CALIBRATED]), min_size=1, max_size=5),
     st.booleans(),
 )

@@ -13,7 +13,7 @@ from vitq_compiler.blocks.linear import Linear, add_to_bias
 from vitq_compiler.graph import Graph, Node, Tensor, is_constant, producer, readers, scalar, value
 from vitq_compiler.pattern import MatchFailure
 from vitq_compiler.quant import Edge
-from vitq_compiler.views import BATCH, VIEWS, trace
+from vitq_compiler.views import BATCH, VIEWS, moved, static_shape, trace
 
 OPERANDS = ("q", "k", "probs", "v")  # of the two products q k^T and probs v
 CHANNEL_AXES = {"q": (-1,), "k": (-2,), "probs": (-1,), "v": (1, -1)}  # of each operand: k is transposed there, v has its heads apart
@@ -32,33 +32,62 @@ class HeadView:
     columns: NDArray[np.int64]
 
 
-@dataclass(eq=False)
-class Attention:
-    """One attention block.
+@dataclass(eq=False, kw_only=True)
+class Values:
+    """The half of an attention block behind the softmax, whatever the scores are made of.
 
     Attributes:
-        q, k, v: its operands.
-        scores, softmax, context: the nodes q k^T, softmax and P v.
+        v: the values.
+        softmax, context: the nodes softmax and P v, P the probabilities as they leave the softmax.
         proj: the Linear that reads the merged heads.
-        mask: what is added to the scaled scores, or None.
         heads: number of heads.
-        scale: what the scores are multiplied by.
         index: position among the attention blocks of the graph.
         fused: the Attention node that has replaced the products, if any.
     """
 
-    q: HeadView
-    k: HeadView
     v: HeadView
-    scores: Node
     softmax: Node
     context: Node
     proj: Linear
-    mask: Tensor | None
     heads: int
-    scale: float
     index: int = 0
     fused: Node | None = None
+
+    @property
+    def ends(self) -> dict[str, Node]:
+        """Operand, of ``qkv`` -> the node that takes its product."""
+        return {"v": self.context if self.fused is None else self.fused}
+
+    @property
+    def views(self) -> dict[str, HeadView]:
+        """Operand, of ``qkv`` -> the features it is made of, as far as they are known."""
+        return {"v": self.v}
+
+
+@dataclass(eq=False, kw_only=True)
+class Attention(Values):
+    """One attention block.
+
+    Attributes:
+        q, k: the other operands.
+        scores: the node q k^T.
+        mask: what is added to the scaled scores, or None.
+        scale: what the scores are multiplied by.
+    """
+
+    q: HeadView
+    k: HeadView
+    scores: Node
+    mask: Tensor | None
+    scale: float
+
+    @property
+    def ends(self) -> dict[str, Node]:
+        return super().ends | dict.fromkeys("qk", self.scores if self.fused is None else self.fused)
+
+    @property
+    def views(self) -> dict[str, HeadView]:
+        return {"q": self.q, "k": self.k, "v": self.v}
 
     @property
     def edges(self) -> dict[str, Edge]:
@@ -72,7 +101,7 @@ class Attention:
     def linears(self) -> list[Linear]:
         """The distinct Linear layers that give q, k and v."""
         found: list[Linear] = []
-        for view in (self.q, self.k, self.v):
+        for view in self.views.values():
             if not any(view.linear.matmul is other.matmul for other in found):
                 found.append(view.linear)
         return found
@@ -98,27 +127,49 @@ def match_attention(softmax: Node, linears: list[Linear]) -> Attention:
         MatchFailure: there is none; the reason names what differs.
     """
     scores, scale, mask = _scores(softmax)
+    q, k, scale_inside = query_and_key(scores, linears)
+    half = match_values(softmax, linears)
+    return Attention(**vars(half), q=q, k=k, scores=scores, mask=mask, scale=scale * scale_inside)
+
+
+def match_values(softmax: Node, linears: list[Linear]) -> Values:
+    """What is behind ``softmax``: its product with values from one of ``linears``, heads merged, and the projection.
+
+    Raises:
+        MatchFailure: something else is there; the reason names what.
+    """
+    if softmax.attrs.get("axis", -1) not in (-1, len(softmax.outputs[0].shape or ()) - 1):
+        raise MatchFailure("softmax runs along another axis than the last", softmax.name)
     context = _only_reader(softmax.outputs[0], "MatMul")
     if context.inputs[0] is not softmax.outputs[0]:
         raise MatchFailure("the probabilities are not the left operand of a MatMul", context.name)
-    (q, k, v), scale_inside = head_views(scores, context, linears)
+    v = value_view(context, linears)
     heads = v.columns.size // int(context.inputs[1].shape[-1])
     proj = _projection(context, heads, {id(linear.matmul): linear for linear in linears})
-    return Attention(q, k, v, scores, softmax, context, proj, mask, heads, scale * scale_inside)
+    return Values(v=v, softmax=softmax, context=context, proj=proj, heads=heads)
 
 
-def head_views(scores: Node, context: Node, linears: list[Linear]) -> tuple[tuple[HeadView, HeadView, HeadView], float]:
-    """q, k and v of the products q k^T and P v, and what q and k are multiplied by on the way from their Linear layers.
+def query_and_key(scores: Node, linears: list[Linear]) -> tuple[HeadView, HeadView, float]:
+    """q and k of the product q k^T, and what they are multiplied by on the way from their Linear layers.
 
     Raises:
-        MatchFailure: one is no plain split of a Linear into heads, or the values are scaled.
+        MatchFailure: one is no plain split of a Linear into heads.
     """
     by_output = {id(linear.output): linear for linear in linears}
-    places = (("q", scores.inputs[0]), ("k", scores.inputs[1]), ("v", context.inputs[1]))
-    (q, scale_q), (k, scale_k), (v, scale_v) = (_head_view(tensor, by_output, transposed=name == "k") for name, tensor in places)
-    if scale_v != 1:
+    (q, scale_q), (k, scale_k) = (_head_view(scores.inputs[i], by_output, transposed=i == 1) for i in (0, 1))
+    return q, k, scale_q * scale_k
+
+
+def value_view(context: Node, linears: list[Linear]) -> HeadView:
+    """v of the product P v.
+
+    Raises:
+        MatchFailure: it is no plain split of a Linear into heads, or scaled.
+    """
+    v, scale = _head_view(context.inputs[1], {id(linear.output): linear for linear in linears}, transposed=False)
+    if scale != 1:
         raise MatchFailure("the values are scaled", context.name)
-    return (q, k, v), scale_q * scale_k
+    return v
 
 
 def _scores(softmax: Node) -> tuple[Node, float, Tensor | None]:
@@ -232,18 +283,40 @@ def feeds_only(graph: Graph, tensor: Tensor, attention: Attention) -> bool:
     return True
 
 
-def check_private(graph: Graph, attention: Attention, letters: str) -> None:
+def _ends_in(graph: Graph, view: HeadView, end: Node) -> bool:
+    """Whether everything computed from the features of ``view`` by views and scalings ends in the node ``end``."""
+    shape = static_shape(view.linear.output)
+    stack = [(view.linear.output, np.broadcast_to(np.isin(np.arange(shape[-1]), view.columns), shape))]
+    while stack:
+        tensor, own = stack.pop()
+        if not own.any():
+            continue
+        if graph.is_output(tensor):
+            return False
+        for node in readers(tensor):
+            if node is end:
+                continue
+            if node.op in VIEWS and all(is_constant(t) for t in node.inputs[1:]):
+                stack.extend((result, moved(node, result, own)) for result in node.outputs)
+            elif node.op in ("Mul", "Div") and any(scalar(t) is not None for t in node.inputs):
+                stack.append((node.outputs[0], own))
+            else:
+                return False
+    return True
+
+
+def check_private(graph: Graph, attention: Values, letters: str) -> None:
     """See that the features of some operands can be rewritten without anything but this attention noticing.
 
     Args:
         graph: the graph, to know its outputs.
-        attention: a block, decomposed or fused.
+        attention: a block, decomposed or fused, or the half of one that holds these operands.
         letters: of ``qkv``, the operands to rewrite together.
 
     Raises:
         MatchFailure: another operand is made of the same features, or something else reads them or the merged heads.
     """
-    views = {"q": attention.q, "k": attention.k, "v": attention.v}
+    views = attention.views
     for letter, other in product(letters, views):
         one, two = views[letter], views[other]
         if letter != other and one.linear.matmul is two.linear.matmul and np.intersect1d(one.columns, two.columns).size:
@@ -252,7 +325,7 @@ def check_private(graph: Graph, attention: Attention, letters: str) -> None:
         linear = views[letter].linear
         if np.unique(views[letter].columns).size < views[letter].columns.size:
             raise MatchFailure(f"several heads of {letter} are made of the same features", linear.name)
-        if not feeds_only(graph, linear.output, attention):
+        if not _ends_in(graph, views[letter], attention.ends[letter]):
             raise MatchFailure(f"{linear.name} is read by more than this attention", linear.name)
     tensor = attention.proj.input
     while "v" in letters and (node := producer(tensor)) is not None:

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from vitq_compiler.blocks.attention import Values, match_values
 from vitq_compiler.blocks.linear import Linear, is_depthwise
 from vitq_compiler.blocks.normalization import NORMS
 from vitq_compiler.graph import Node, Tensor, is_constant, producer, readers
@@ -41,6 +42,7 @@ class ComputedAttention:
         proj: the Linear that reads the result.
         reason: what keeps it from being an `Attention`, in general where that is known and in particular.
         mixers: Linear layers over heads, on scores or probabilities.
+        values: the half behind the softmax where that is plain, or why it is not.
         index: position among all attention blocks of the graph.
     """
 
@@ -49,6 +51,7 @@ class ComputedAttention:
     proj: Linear
     reason: str
     mixers: list[Linear]
+    values: Values | MatchFailure
     index: int = 0
 
 
@@ -74,7 +77,14 @@ def match_computed_attention(softmax: Node, linears: list[Linear], reason: str) 
     distinct = [list({id(linear): linear for linear in group}.values()) for group in (found, [*before, *behind])]
     ops = _ops_before(softmax, {id(linear.output) for linear in scores})
     kind = next((f"{text}; " for known, text in KINDS if known & ops), "")
-    return ComputedAttention(softmax, distinct[0], proj, kind + reason, distinct[1])
+    return ComputedAttention(softmax, distinct[0], proj, kind + reason, distinct[1], _values(softmax, linears))
+
+
+def _values(softmax: Node, linears: list[Linear]) -> Values | MatchFailure:
+    try:
+        return match_values(softmax, linears)
+    except MatchFailure as failure:
+        return failure
 
 
 def _ops_before(softmax: Node, ends: set[int]) -> set[str]:
