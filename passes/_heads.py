@@ -24,13 +24,10 @@ def queries_and_keys(p: Pass, c: Compilation, does: str) -> list[Attention]:
 
 def values(p: Pass, c: Compilation, does: str) -> list[Values]:
     """The same for values: they are known of attention too whose queries and keys are rotated by positions, or normalized."""
-    found: list[Values] = [*c.annotations.attentions]
     for computed in c.annotations.computed_attentions:
-        if isinstance(computed.values, Values):
-            found.append(computed.values)
-        else:
+        if isinstance(computed.values, MatchFailure):
             p.note(c, f"attention {computed.index}", f"{does}: {computed.values.reason}")
-    return found
+    return c.annotations.values
 
 
 def private(p: Pass, c: Compilation, attentions: Iterable[T], letters: str, does: str) -> list[T]:

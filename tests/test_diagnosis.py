@@ -84,6 +84,13 @@ def test_text_models_too() -> None:
     assert {row.block for row in found.tensors} >= {"attention 0", "mlp 1"}
 
 
+def test_values_are_looked_at_where_queries_are_rotated_by_their_positions() -> None:
+    found = diagnosed(Path(__file__).parent / "data" / "zoo" / "dinov3.onnx")
+    assert [row.role for row in found.tensors if row.block == "attention 0"] == ["stream", "qkv", "probs", "v", "proj"]
+    changes = {row.name: row.changes for row in found.rewrites}
+    assert (changes["center-keys"], changes["center-values"], changes["rotate-heads"]) == (0, 2, 2)
+
+
 def test_registers_and_idle_heads_are_told() -> None:
     healthy = TensorRow("m", "mlp 1", "fc2", True, 3, 4, 2, 0.1, 2)
     assert recommended([healthy], []) == []

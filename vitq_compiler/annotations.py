@@ -42,6 +42,11 @@ class Annotations:
     class_outputs: frozenset[str] = frozenset()
 
     @property
+    def values(self) -> list[Values]:
+        """What is behind the softmax of every attention block, as far as it is plain: queries and keys may be turned or normalized."""
+        return [*self.attentions, *(a.values for a in self.computed_attentions if isinstance(a.values, Values))]
+
+    @property
     def by_matmul(self) -> dict[int, Linear]:
         """Linear layers by the id of their MatMul node."""
         return {id(linear.matmul): linear for linear in self.linears}

@@ -257,7 +257,7 @@ def _places(c: Compilation) -> list[_Place]:
         if norm is not None:
             add(norm, norm.inputs[0], linear.block, "stream")
         add(linear.matmul, linear.input, linear.block, linear.role)
-    for attention in c.annotations.attentions:
+    for attention in c.annotations.values:
         for operand, edge in attention.edges.items():
             node = c.graph.node(edge.node)
             add(node, node.inputs[edge.index], f"attention {attention.index}", operand, attention.heads)

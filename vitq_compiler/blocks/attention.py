@@ -59,6 +59,12 @@ class Values:
         return {"v": self.context if self.fused is None else self.fused}
 
     @property
+    def edges(self) -> dict[str, Edge]:
+        """Operand, of `OPERANDS` -> where it enters its product, as far as that is known; none once the products are one node."""
+        places = {"probs": Edge(self.context.name, 0), "v": Edge(self.context.name, 1)}
+        return places if self.fused is None else {}
+
+    @property
     def views(self) -> dict[str, HeadView]:
         """Operand, of ``qkv`` -> the features it is made of, as far as they are known."""
         return {"v": self.v}
@@ -91,11 +97,8 @@ class Attention(Values):
 
     @property
     def edges(self) -> dict[str, Edge]:
-        """Operand, of `OPERANDS` -> where it enters its product; none once the products are one node."""
-        if self.fused is not None:
-            return {}
-        places = ((self.scores, 0), (self.scores, 1), (self.context, 0), (self.context, 1))
-        return {operand: Edge(node.name, index) for operand, (node, index) in zip(OPERANDS, places, strict=True)}
+        places = {"q": Edge(self.scores.name, 0), "k": Edge(self.scores.name, 1)}
+        return places | super().edges if self.fused is None else {}
 
     @property
     def linears(self) -> list[Linear]:
