@@ -60,6 +60,11 @@ REFUSED = {
         "n = LayerNormalization(u, g, b) t = Transpose <perm = [0, 2, 1]> (u) d = Conv <group = 4> (t, k) y = MatMul(n, w)",
         "Conv node_2 reads it channel by channel",
     ),
+    "a convolution that writes channel by channel": (
+        """t = Transpose <perm = [0, 2, 1]> (u) d = Conv <group = 4> (t, k) v = Transpose <perm = [0, 2, 1]> (d)
+        n = LayerNormalization(v, g, b) y = MatMul(n, w)""",
+        "Conv node_1 writes it channel by channel",
+    ),
     "channels taken apart": (
         "n = LayerNormalization(u, g, b) s = Reshape(u, two) y = MatMul(n, w)",
         "Reshape node_1 takes its channels apart",

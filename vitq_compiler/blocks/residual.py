@@ -145,6 +145,8 @@ class _Search:
         if linear is not None:
             self.write(linear.matmul, linear.weight, linear.bias, axis, len(tensor.shape) - 1, 1)
         elif node is not None and node.op == "Conv" and is_constant(node.inputs[1]):
+            if node.attrs.get("group", 1) != 1:
+                self.refuse(f"Conv {node.name} writes it channel by channel")
             self.write(node, node.inputs[1], node.inputs[2] if len(node.inputs) > 2 else None, axis, 1, 0)
         elif node is None:
             self.refuse(f"it holds the graph input {tensor.name}")
