@@ -14,9 +14,7 @@ goes on where it was.
 
 from __future__ import annotations
 
-import tempfile
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -26,12 +24,12 @@ from vitq_compiler.pipeline import Compilation, Fact, Pass
 from vitq_compiler.prefix import Inputs, Store, walk
 from vitq_compiler.repair import quantized_part, reference, repairable
 from vitq_compiler.torch_graph import require_torch
-from vitq_compiler.training.loop import Schedule, pick_device, train
+from vitq_compiler.training.batches import split, temporary_store
+from vitq_compiler.training.loop import Schedule, pick_device, torch_threads, train
 from vitq_compiler.training.objective import LOSSES, Goal, Objective, store_outputs
 from vitq_compiler.training.rounding_styles import STYLES
 from vitq_compiler.training.windows import UNITS, Window, cut, keep, learn
 
-HELD_BACK = 8  # one batch of so many is not trained on
 CHOICES = {"unit": UNITS, "loss": LOSSES, "round": tuple(STYLES), "prefix": ("quantized", "float")}
 
 
@@ -69,7 +67,7 @@ class ReconstructBlocks(Pass):
         floating, goal = reference(c), Goal(self.loss, self.local, self.prefix)
         windows, sources = cut(c.graph, repairable(c), self.unit), tuple(spec.name for spec in floating.inputs)
         helped = 0
-        with _store(c) as finals, _threads(c.threads):
+        with temporary_store(c) as finals, torch_threads(c.threads):
             feeds = ((feed[n] for n in sources) for feed in c.data.calibration())
             store_outputs(floating, sources, goal.finals(c), feeds, finals, c.threads)
             walked = walk(
@@ -91,12 +89,12 @@ class ReconstructBlocks(Pass):
         """Train one window; whether that served the samples held back."""
         if inputs.count < 2 * c.data.copies:
             raise DataError(f"pass {self.name} holds samples back: give more of them, or a smaller --batch-size")
-        with _store(c) as ends, _store(c) as weights:
+        with temporary_store(c) as ends, temporary_store(c) as weights:
             learned = learn(c, window, self.margin, self.round, pick_device(c.device))
             objective = Objective(c, window, inputs, (ends, finals, weights), learned, goal)
             schedule = Schedule(self.steps, self.code_rate, self.scale_rate, self.bias_rate, self.drop, seed=index)
             checkpoint = self._checkpoint(c, learned.fingerprint(self, index, inputs.count))
-            fitted, held_back = _split(inputs.count, c.data.copies)
+            fitted, held_back = split(inputs.count, c.data.copies)
             before, after = train(learned, objective, fitted, held_back, schedule, checkpoint=checkpoint, advance=advance)
         if after < before:
             keep(c, learned)
@@ -112,33 +110,6 @@ def _advance(c: Compilation, index: int, windows: int, done: int, steps: int) ->
     c.progress("training", index * steps + done, windows * steps)
 
 
-def _split(count: int, copies: int) -> tuple[list[int], list[int]]:
-    """Numbers of the batches to train on, and of those held back; what has ``copies`` is held back with all of them."""
-    last = count // copies - 1
-    held_back = [b for b in range(count) if b // copies % HELD_BACK == HELD_BACK - 1 or b // copies == last < HELD_BACK - 1]
-    return [b for b in range(count) if b not in held_back], held_back
-
-
 def _name(window: Window) -> str:
     first = window.stage.linears[0]
     return first.block or first.name
-
-
-@contextmanager
-def _store(c: Compilation) -> Iterator[Store]:
-    """A store that lasts for a while: in the work directory, where there is one."""
-    with ExitStack() as stack:
-        yield Store(Path(stack.enter_context(tempfile.TemporaryDirectory(dir=c.work_dir))) if c.work_dir else None)
-
-
-@contextmanager
-def _threads(threads: int) -> Iterator[None]:
-    """Let torch compute with as many threads as the runtime may."""
-    torch = require_torch("training")
-    before = torch.get_num_threads()
-    try:
-        if threads:
-            torch.set_num_threads(threads)
-        yield
-    finally:
-        torch.set_num_threads(before)

@@ -7,6 +7,7 @@ import pytest
 from tests.builders import compilation, feed_of, run_model, vit
 from vitq_compiler.errors import InvariantError, PassError
 from vitq_compiler.graph import value
+from vitq_compiler.passes.annotate import Annotate
 from vitq_compiler.passes.canonicalize import Canonicalize
 from vitq_compiler.passes.recover_gelu import RecoverGelu
 from vitq_compiler.pipeline import Compilation, Fact, Pass, Pipeline
@@ -73,6 +74,27 @@ def test_it_is_noticed_before_a_pass_that_may_change_them() -> None:
     c = compilation(vit())
     with pytest.raises(InvariantError, match="double-weights"):
         Pipeline((Canonicalize(), DoubleWeights(), Broken())).run(c, (parity_of(c),))
+
+
+@dataclass(frozen=True)
+class Negate(Pass):
+    """y -> -y, on purpose"""
+
+    name = "negate"
+
+    def run(self, c: Compilation) -> int:
+        (output,) = c.graph.outputs
+        c.graph.set_outputs([c.graph.insert("Neg", [output], name="negated", like=output)])
+        return 1
+
+
+def test_after_a_change_on_purpose_exact_passes_are_held_to_what_it_made() -> None:
+    c = compilation(vit())
+    parity = parity_of(c)
+    Pipeline((Canonicalize(), Annotate(), Negate(), RecoverGelu())).run(c, (parity,))
+    parity.check()
+    with pytest.raises(InvariantError, match="double-weights changed"):
+        Pipeline((DoubleWeights(), Broken())).run(c, (parity,))
 
 
 def test_an_invalid_graph_is_refused() -> None:

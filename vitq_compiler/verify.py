@@ -22,12 +22,13 @@ TOLERANCE = 1e-4  # of the largest output: what float32 rounding may add up to o
 class Parity:
     """Holds every run of float-exact passes to the outputs of the original model on a probe batch.
 
-    One check serves a run of exact passes; where it fails, the graph after each of them is checked to name the culprit.
-    Where memory is what counts, each is checked at once, so that weights it replaced need not be kept.
+    Where a pass has changed these on purpose, those after it are held to what they were before them. One check serves a run of
+    exact passes; where it fails, the graph after each of them is checked to name the culprit. Where memory is what counts, each is
+    checked at once, so that weights it replaced need not be kept.
 
     Attributes:
         feed: the probe batch.
-        reference: outputs of the original model on it, in the order of the graph's outputs.
+        reference: outputs on it that count, in the order of the graph's: those of the original model, until a pass changes them.
         thrifty: whether memory counts for more than time.
         blocks: what each block gives on the probe batch before all but exact rewrites, with the edge that carries it; see `validation`.
     """
@@ -38,16 +39,20 @@ class Parity:
     thrifty: bool = False
     blocks: dict[str, tuple[Edge, Array]] = field(default_factory=dict)
     _pending: list[tuple[str, Graph]] = field(default_factory=list)
+    _changed: bool = False
 
     def before(self, p: Pass, c: Compilation) -> None:
         """Check what has been done before a pass changes the float outputs, and keep what the blocks give."""
+        if p.exact and self._changed:
+            self.reference, self._changed = run(session(c.graph, threads=self.threads, brief=True), self.feed), False
         if p.edits and not p.exact:
             self.check()
             if not self.blocks:
                 self.blocks = probe_blocks(c.graph, c.annotations.block_edges, self.feed, self.threads, brief=True)
 
     def after(self, p: Pass, c: Compilation, result: PassResult) -> None:
-        """Remember the graph after an exact pass that changed something."""
+        """Remember the graph after an exact pass that changed something, and that another has."""
+        self._changed |= p.edits and not p.exact and bool(result.changes)
         if p.exact and result.changes:
             self._pending.append((p.name, c.graph.snapshot()))
             self.blocks = {}  # a rewrite may change what a block adds to the stream

@@ -10,13 +10,13 @@ from tests.builders import Batches, Sizes, compilation, feed_of, find_pass, run_
 from vitq_compiler.errors import DataError, RecipeError
 from vitq_compiler.graph import is_constant, value
 from vitq_compiler.metrics import sqnr
-from vitq_compiler.passes import reconstruct_blocks
 from vitq_compiler.pipeline import Compilation
 from vitq_compiler.qdq import simulate
 from vitq_compiler.quant import Edge, quantize
 from vitq_compiler.recipe import Recipe, load_recipe
 from vitq_compiler.target import Target
 from vitq_compiler.targets.tensorrt import Tensorrt
+from vitq_compiler.training.batches import split
 from vitq_compiler.training.loop import pick_device
 
 torch = pytest.importorskip("torch")
@@ -207,7 +207,7 @@ def test_a_single_batch_is_refused() -> None:
 @pytest.mark.parametrize("copies", [1, 3])
 @pytest.mark.parametrize("samples", [2, 7, 20])
 def test_what_is_held_back_is_held_back_with_its_copies(samples: int, copies: int) -> None:
-    fitted, held_back = reconstruct_blocks._split(samples * copies, copies)
+    fitted, held_back = split(samples * copies, copies)
     assert sorted(fitted + held_back) == list(range(samples * copies))
     assert not {b // copies for b in fitted} & {b // copies for b in held_back}
     assert len(held_back) == max(1, samples // 8) * copies

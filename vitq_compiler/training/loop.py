@@ -6,20 +6,38 @@ training, not those of judging, are computed in bfloat16 where the processor is 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 
 from vitq_compiler.errors import RecipeError
 from vitq_compiler.torch_graph import Taps, Tensor, require_torch
-from vitq_compiler.training.learned import Learned, Noise
+from vitq_compiler.training.learned import Noise
 from vitq_compiler.training.rounding_styles import sharpness
 
 Loss = Callable[[int, Taps], Tensor]  # number of a batch, quantizers -> loss
 PENALTY = 1.0  # weight of `Learned.penalty`; losses begin near 1 too
+
+
+class Trainable(Protocol):
+    """What can be trained: tensors by name in three groups, each with a rate of its own (see `learned.Learned`)."""
+
+    device: str
+
+    @property
+    def codes(self) -> dict[str, Tensor]: ...
+    @property
+    def scales(self) -> dict[str, Tensor]: ...
+    @property
+    def steps(self) -> dict[str, Tensor]: ...
+    @property
+    def parameters(self) -> dict[str, Tensor]: ...
+    def taps(self, noise: Noise | None = None) -> Taps: ...
+    def penalty(self, sharpness: float) -> Tensor | None: ...
 
 
 @dataclass(frozen=True)
@@ -70,8 +88,21 @@ def has_bfloat16(device: str) -> bool:
     return any(found.get(feature) for feature in ("avx512_bf16", "amx_bf16"))
 
 
+@contextmanager
+def torch_threads(threads: int) -> Iterator[None]:
+    """Let torch compute with as many threads as the runtime may."""
+    torch = require_torch("training")
+    before = torch.get_num_threads()
+    try:
+        if threads:
+            torch.set_num_threads(threads)
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
 def train(
-    learned: Learned,
+    learned: Trainable,
     loss: Loss,
     fitted: Sequence[int],
     held_back: Sequence[int],

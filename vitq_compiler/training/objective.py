@@ -167,10 +167,12 @@ class _Suffix:
 
 def store_outputs(
     graph: Graph, sources: tuple[str, ...], names: tuple[str, ...], batches: Iterable[Iterable[np.ndarray]], store: Store, threads: int
-) -> None:
-    """Compute the tensors ``names`` from ``sources``, batch by batch, and store them."""
+) -> int:
+    """Compute the tensors ``names`` from ``sources``, batch by batch, and store them; returns the number of batches."""
     runtime = session(graph.part(sources, names), threads=threads) if names else None
+    number = -1
     for number, arrays in enumerate(batches):
         if runtime is not None:
             for name, array in zip(names, run(runtime, dict(zip(sources, map(np.asarray, arrays), strict=True))), strict=True):
                 store.put(name, number, array)
+    return number + 1
