@@ -9,6 +9,7 @@
     python -m benchmarks large          what a model over 2 GB costs: peak memory of a compile
     python -m benchmarks zoo            every architecture through the compiler: what is found, quantized and refused
     python -m benchmarks repair         what each step of weight repair is worth at 4 and 3 bits, and what it costs
+    python -m benchmarks training       ways of training at 4 and 3 bits side by side: losses, units, rounding, few images
     python -m benchmarks rewrites       what each exact rewrite of the float graph is worth at 8, 6 and 4 bits
     python -m benchmarks parity         whether exact rewrites apply to models, how exactly, and why not
     python -m benchmarks lint           what --check finds in graphs of other tools, and whether NVIDIA's parser agrees
@@ -25,7 +26,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from benchmarks import accuracy, compile_time, halves, large, latency, lint, parity, repair, rewrites, tensorrt, zoo
+from benchmarks import accuracy, compile_time, halves, large, latency, lint, parity, repair, rewrites, tensorrt, training, zoo
 from benchmarks.tables import Report
 
 COMMANDS = {
@@ -37,6 +38,7 @@ COMMANDS = {
     "large": large,
     "zoo": zoo,
     "repair": repair,
+    "training": training,
     "rewrites": rewrites,
     "parity": parity,
     "lint": lint,

@@ -9,15 +9,17 @@ import onnx
 import pytest
 
 from benchmarks import __main__ as program
-from benchmarks import compile_time, latency, repair, tasks
+from benchmarks import compile_time, latency, repair, tasks, training
 from benchmarks.accuracy import Graphs, Score, evaluate, plainness, summarize
 from benchmarks.models import obtain
 from benchmarks.tables import Report, Table, cpu_model, shown, versions
 from tests.builders import Sizes, vit
 from vitq_compiler import runtime
+from vitq_compiler.catalog import FRONT, find_pass
 from vitq_compiler.data import open_data
 from vitq_compiler.graph import InputSpec
 from vitq_compiler.metrics import sqnr
+from vitq_compiler.pipeline import Pipeline
 from vitq_compiler.preprocess import resolve
 from vitq_compiler.recipe import load_recipe
 
@@ -287,3 +289,16 @@ def test_a_compile_alone_says_what_it_took(tiny: Path, tmp_path: Path) -> None:
     assert 0 < seconds < 60
     assert 50 < megabytes < 20_000
     assert onnx.load(tmp_path / "out.onnx").graph.node
+
+
+# Ways of training
+
+
+def test_every_way_of_training_is_a_pipeline() -> None:
+    texts = {name: training.pipeline("best-w4a4", "w3a3", way, 80) for name, way in training.WAYS.items()}
+    for text in texts.values():
+        Pipeline.parse(f"{FRONT},{text}", find_pass)
+    assert "reconstruct-blocks" not in texts["no training"]
+    assert texts["unit=block"].endswith("reconstruct-blocks{steps=10 unit=block}")
+    assert texts["refit-mlp before it"].startswith("refit-mlp,")
+    assert texts["recipe adaquant"].count("reconstruct-blocks") == 2
