@@ -2,7 +2,7 @@
 
     gelu(x W1 + b1) W2 + b2  ->  relu(x W1' + b1') W2' + b2'
 
-For 3 bits (GLF-Q, METHODS step 2; APHQ-ViT, arXiv 2504.02508): a hidden layer that is never negative leaves all of a few codes to what
+For 3 bits (GLF-Q; APHQ-ViT, arXiv 2504.02508): a hidden layer that is never negative leaves all of a few codes to what
 matters, and costs less to compute. It changes what the float network computes, so it is in no recipe for 8 bits, and how much it
 changes is said in the report. Every MLP is trained by itself on its float inputs (see `training.relu_mlp`); an eighth of the samples
 is held back, and the state that serves these best is kept. Everything behind this pass, the repair of weights too, is held against
