@@ -56,6 +56,29 @@ def test_training_helps_on_unseen_samples(unit: str, helped: int) -> None:
         assert codes.max() <= c.params[edge].quant_max
 
 
+def test_products_in_bfloat16_train_as_well(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Both precisions end at other numbers and at the same quality; what is judged is never computed with less than float32."""
+    found, types = [], set()
+    for bfloat16 in (False, True):
+        monkeypatch.setattr("vitq_compiler.training.loop.has_bfloat16", lambda device, chosen=bfloat16: chosen)
+        product = torch.matmul
+
+        def seen(a: torch.Tensor, b: torch.Tensor, product: Any = product) -> torch.Tensor:
+            y = product(a, b)
+            types.add((y.dtype, torch.is_grad_enabled()))
+            return y
+
+        monkeypatch.setattr(torch, "matmul", seen)
+        c = prepared()
+        find_pass("reconstruct-blocks")(steps=60, **RATES).run(c)
+        monkeypatch.setattr(torch, "matmul", product)
+        found.append(quality(c))
+        assert not any(dtype == torch.bfloat16 and not training for dtype, training in types)
+    assert (torch.bfloat16, True) in types
+    assert found[0] != found[1]
+    assert found[1] == pytest.approx(found[0], abs=0.5)
+
+
 def test_training_starts_at_the_codes_that_were_chosen() -> None:
     """Without a step nothing changes, also after another rounding than to nearest."""
     c = prepared()
