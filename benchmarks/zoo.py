@@ -21,6 +21,7 @@ import argparse
 import fnmatch
 import importlib.util
 import json
+import re
 import subprocess
 import sys
 import tempfile
@@ -34,6 +35,7 @@ from benchmarks.products import KINDS
 from benchmarks.tables import Cell, Table, say
 
 Row = dict[str, Any]
+LONGEST = 120  # characters of a reason
 HINTS = {"timm": "pip install timm", "transformers": "pip install transformers"}
 
 
@@ -140,27 +142,35 @@ def listing(architectures: list[Architecture]) -> Table:
 
 
 def tables(rows: list[Row]) -> list[Table]:
-    """One row for each model, the sums, and what was refused."""
+    """One row for each model that compiled, with the sums; what stayed in float, by reason; and what did not compile."""
+    compiled = [row for row in rows if row["status"] == "compiled"]
     cells: list[tuple[Cell, ...]] = []
-    for row in rows:
-        name = (row["model"], row["exporter"], row["status"])
-        if row["status"] != "compiled":
-            cells.append((*name, *[None] * 8))
-            continue
+    for row in compiled:
         total, integer = row["macs"], row["macs_integer"]
         shares: list[Cell] = [100 * integer[k] / total[k] if total[k] else None for k in KINDS]
-        cells.append((*name, row["linears"], row["quantized"], row["integer"], *shares, row["sqnr"], row["ratio"]))
+        cells.append((row["model"], row["exporter"], row["linears"], row["integer"], *shares, row["sqnr"], row["ratio"]))
     small = " (small)" if any(row["small"] for row in rows) else ""
-    columns = ("model", "exporter", "status", "Linears", "quantized", "integer", "% of MACs", "% of 1x1", "% of conv", "SQNR, dB", "ratio")
-    formats = {"% of MACs": ".1f", "% of 1x1": ".1f", "% of conv": ".1f", "SQNR, dB": ".1f", "ratio": ".3f"}
-    compiled = [row for row in rows if row["status"] == "compiled"]
+    columns = ("model", "exporter", "Linears", "integer", "% of MACs", "% of 1x1", "% of conv", "SQNR, dB", "ratio")
+    formats = {"% of MACs": ".1f", "% of 1x1": ".1f", "% of conv": ".1f", "SQNR, dB": ".1f", "ratio": ".2f"}
     sums = {k: (sum(r["macs_integer"][k] for r in compiled), sum(r["macs"][k] for r in compiled)) for k in KINDS}
     text = "; ".join(f"{k}: {100 * a / b:.1f} % of {b / 1e9:.1f} G" for k, (a, b) in sums.items() if b)
     states = Counter(row["status"] for row in rows)
     notes = (f"{', '.join(f'{count} {state}' for state, count in states.items())}. MACs in integer kernels over all: {text}.",)
     found = [Table(f"Zoo{small}", columns, tuple(cells), notes, formats)]
-    refusals = [(row["model"], row["exporter"], count, reason) for row in compiled for reason, count in row["refused"].items()]
-    refusals += [(row["model"], row["exporter"], None, f"{row['status']}: {row['reason']}") for row in rows if row["status"] != "compiled"]
-    if refusals:
-        found.append(Table("Left in float, or not compiled", ("model", "exporter", "Linears", "reason"), tuple(refusals)))
+    layers: Counter[str] = Counter()
+    models: Counter[str] = Counter()
+    for row in compiled:
+        layers.update(row["refused"])
+        models.update(row["refused"].keys())
+    if layers:
+        found.append(Table("Left in float", ("reason", "Linears", "graphs"), tuple((r, n, models[r]) for r, n in layers.most_common())))
+    others = tuple((row["model"], row["exporter"], f"{row['status']}: {shortened(row['reason'])}") for row in rows if row not in compiled)
+    if others:
+        found.append(Table("Not compiled", ("model", "exporter", "why"), others))
     return found
+
+
+def shortened(reason: str) -> str:
+    """The beginning of a reason, without the exit status and the name of the file."""
+    text = re.sub(r"^exit \d+: |^model \S+: ", "", reason)
+    return text if len(text) <= LONGEST else text[:LONGEST].rsplit(" ", 1)[0] + " ..."

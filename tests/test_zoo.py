@@ -102,11 +102,20 @@ def test_the_later_row_wins(tmp_path: Path) -> None:
 
 
 def test_sums_and_refusals() -> None:
-    shown, refused = zoo.tables([row("hf_vit"), row("hf_bert", status="refused", reason="no"), row("hf_clip_text", sqnr=None)])
-    assert shown.rows[0] == ("hf_vit", "dynamo", "compiled", 4, 3, 3, 75.0, None, None, 30.0, 0.5)
-    assert shown.rows[1][3:] == (None,) * 8
+    shown, left, others = zoo.tables([row("hf_vit"), row("hf_bert", status="refused", reason="no"), row("hf_clip_text", sqnr=None)])
+    assert shown.rows[0] == ("hf_vit", "dynamo", 4, 3, 75.0, None, None, 30.0, 0.5)
+    assert [cells[0] for cells in shown.rows] == ["hf_vit", "hf_clip_text"]
     assert shown.notes == ("2 compiled, 1 refused. MACs in integer kernels over all: linear: 75.0 % of 0.0 G.",)
-    assert refused.rows[-1] == ("hf_bert", "dynamo", None, "refused: no")
+    assert [cells[1:] for cells in left.rows] == [(2, 2)]
+    assert others.rows == (("hf_bert", "dynamo", "refused: no"),)
+
+
+def test_reasons_are_shortened() -> None:
+    assert zoo.shortened("exit 1: KeyError: 'none'") == "KeyError: 'none'"
+    assert zoo.shortened("model a/b.onnx: no transformer block found") == "no transformer block found"
+    long = zoo.shortened("word " * 50)
+    assert long.endswith("word ...")
+    assert len(long) <= zoo.LONGEST + 4
 
 
 def test_rows_that_are_there_are_shown(tmp_path: Path) -> None:
