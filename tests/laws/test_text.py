@@ -14,6 +14,7 @@ BANNED = {
     "how it was written": r"\bfar[m]-\w|\.librar[y]/|\bsub-?agen[t]s?\b|\b(?i:claud[e]|anthropi[c])\b|\bhelper sessio[n]|\bthe lea[d] will",
     "a file that is not here": r"\bDESIGN[.]md\b|\.\./share[d]\b",
     "a merge left over": r"^(?:<{7}|>{7}) ",
+    "a mark of an edit": r"\{\{[A-Z]{3,} |\b(?:TOD[O]|FIXM[E])\b: ",
 }
 MAX_BYTES = 25_000_000
 
@@ -49,6 +50,7 @@ def test_no_file_is_large() -> None:
         "as DESIGN" + ".md says",
         "far" + "m-bench",
         "<<<<<<" + "< HEAD",
+        "{" + "{OLD `python",
     ],
 )
 def test_banned_words_are_seen(words: str) -> None:
