@@ -12,7 +12,7 @@ from onnx import TensorProto, numpy_helper
 from benchmarks.compile_time import run_measured
 from benchmarks.large import BUDGET_MB
 from benchmarks.large_model import write_vit
-from vitq_compiler import compiler, runtime
+from vitq_compiler import compiler, runtime, verdict
 from vitq_compiler import graph as graph_module
 from vitq_compiler.compiler import compile
 from vitq_compiler.graph import LARGE, Graph, is_external, value
@@ -60,7 +60,7 @@ def test_the_thrifty_way_gives_the_same_graph(tmp_path: Path, monkeypatch: pytes
     if half:
         save_in_half_precision(path)
     usual = compile(path, tmp_path / "a.onnx", samples=4, threads=1)
-    for module in (compiler, runtime):
+    for module in (compiler, runtime, verdict):
         monkeypatch.setattr(module, "LARGE_MODEL", 0)
     thrifty = compile(path, tmp_path / "b.onnx", samples=4, threads=1)
     assert (tmp_path / "a.onnx").read_bytes() == (tmp_path / "b.onnx").read_bytes()

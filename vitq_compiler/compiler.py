@@ -2,33 +2,29 @@
 
 from __future__ import annotations
 
-import os
-import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from importlib.metadata import version
-from itertools import tee
 from math import isnan, nan
 from pathlib import Path
 from typing import Any
 
 import onnx
-import onnxruntime as ort
 
-from vitq_compiler import runtime, validation
+from vitq_compiler import runtime
 from vitq_compiler.catalog import load_target, pipeline_for
 from vitq_compiler.data import Data
 from vitq_compiler.errors import ModelError, RecipeError
-from vitq_compiler.graph import LARGE_MODEL, Array, Graph, proto_bytes
+from vitq_compiler.graph import LARGE_MODEL, Graph
 from vitq_compiler.model_io import check_output, file_bytes, make_work_folder, write_model
 from vitq_compiler.opening import open_model, open_samples
 from vitq_compiler.pipeline import Compilation
 from vitq_compiler.precision import narrow
 from vitq_compiler.progress import Progress, silent
 from vitq_compiler.provenance import Provenance
-from vitq_compiler.quant import Edge
 from vitq_compiler.recipe import load_recipe
-from vitq_compiler.report import CompileReport, DataRow, GateRow, LatencyRow, LinearRow, NoteRow, OutputRow, PassRow, Validation
+from vitq_compiler.report import CompileReport, DataRow, GateRow, NoteRow, PassRow, Validation
+from vitq_compiler.verdict import judge, linear_rows
 from vitq_compiler.verify import Dump, Parity, Structure, Thrift
 
 PROBE_SAMPLES = 2
@@ -141,7 +137,7 @@ def compile(
     integer = c.graph.to_proto()
     if half:
         floating = _restore(model, integer, boundary, half, floating, c)
-    verdict, kernel_of = _judge(floating, file_bytes(model), integer, c, parity)
+    verdict, kernel_of = judge(floating, file_bytes(model), integer, c, parity)
     gates = _measure_gates(verdict, min_sqnr, min_agreement)
     written = output if output_on_failure or all(gate.passed for gate in gates) else None
     if written is not None:
@@ -158,7 +154,7 @@ def compile(
         seconds=time.perf_counter() - began,
         data=_describe(data),
         passes=tuple(PassRow(r.spec, r.changes, r.seconds) for r in results),
-        linears=_linear_rows(c, kernel_of),
+        linears=linear_rows(c, kernel_of),
         notes=tuple(NoteRow(n.stage, n.where, n.reason) for n in c.notes),
         validation=verdict,
         gates=gates,
@@ -186,93 +182,6 @@ def _restore(
     return model
 
 
-def _judge(
-    floating: Path | Graph, float_bytes: int, integer: onnx.ModelProto, c: Compilation, parity: Parity
-) -> tuple[Validation, dict[str, str]]:
-    """The runtime's verdict, and the kernel that reads each weight."""
-    blocks = validation.compare_blocks(parity.blocks, c.runnable or c.graph, parity.feed, c.threads)
-    unseen, count = c.data.validation, c.data.validation_count
-    if not count:
-        unseen, count = c.data.calibration, c.data.calibration_count
-        c.warnings.append("too few samples to keep any back: the accuracy figures are on the calibration samples themselves and flatter")
-    one = runtime.first_samples(c.graph.inputs, parity.feed, 1)
-    every = c.threads or os.cpu_count() or 1
-    settings = sorted({every, 1}, reverse=True) if c.target.runs_here else [every]
-    measure = _measure_in_turn if float_bytes > LARGE_MODEL else _measure_side_by_side
-    outputs, latency, kernel_of = measure(floating, integer, c, unseen, count, one, settings)
-    if not c.target.runs_here:
-        kernel_of = c.target.kernels(c.graph)
-    c.progress("timing", 2, 2)
-    return Validation(f"onnxruntime {ort.__version__}", outputs, blocks, latency, float_bytes, proto_bytes(integer)), kernel_of
-
-
-Batches = Callable[[], Iterator[runtime.Feed]]
-Measured = tuple[tuple[OutputRow, ...], tuple[LatencyRow, ...], dict[str, str]]
-
-
-def _measure_side_by_side(
-    floating: Path | Graph, integer: onnx.ModelProto, c: Compilation, unseen: Batches, count: int, one: runtime.Feed, settings: list[int]
-) -> Measured:
-    """Both sessions at once, so that whatever else the computer does slows both down."""
-    outputs: tuple[OutputRow, ...] = ()
-    latency: list[LatencyRow] = []
-    kernel_of: dict[str, str] = {}
-    runnable = c.runnable.to_proto() if c.runnable is not None else integer
-    for index, threads in enumerate(settings):
-        with tempfile.TemporaryDirectory() as folder:
-            path = Path(folder) / "optimized.onnx"
-            pair = runtime.session(floating, threads=threads), runtime.session(runnable, threads=threads, optimized_path=path)
-            if index == 0:
-                kernel_of = validation.kernels(onnx.load(path, load_external_data=False))
-                a, b = tee(unseen())
-                judged = pair[1] if c.providers == runtime.CPU else runtime.session(integer, threads=threads, providers=c.providers)
-                both = validation.outputs(pair[0], a, count), validation.outputs(judged, b, count, c.progress)
-                outputs = validation.compare_outputs(c.graph.output_names, *both, c.annotations.class_outputs)
-        if c.target.runs_here:
-            c.progress("timing", index, 2)
-            latency.insert(0, validation.time_pair(*pair, one, threads))
-        del pair
-    return outputs, tuple(latency), kernel_of
-
-
-def _measure_in_turn(
-    floating: Path | Graph, integer: onnx.ModelProto, c: Compilation, unseen: Batches, count: int, one: runtime.Feed, settings: list[int]
-) -> Measured:
-    """One session after the other, which a large model leaves no memory for otherwise."""
-    c.warnings.append("the model is large: both graphs were timed one after the other, not in turn, so the ratio is less certain")
-    references: list[list[Array]] = []
-    rows: tuple[OutputRow, ...] = ()
-    milliseconds: list[list[float]] = []
-    kernel_of: dict[str, str] = {}
-    for index, threads in enumerate(settings):
-        session = runtime.session(floating, threads=threads)
-        if index == 0:
-            references = list(validation.outputs(session, unseen(), count))
-        milliseconds.append([validation.time_alone(session, one)] if c.target.runs_here else [])
-        del session
-        runtime.release_memory()
-    for index, threads in enumerate(settings):
-        with tempfile.TemporaryDirectory() as folder:
-            path = Path(folder) / "optimized.onnx"
-            session = runtime.session(c.runnable or c.graph, threads=threads, optimized_path=path)
-            if index == 0:
-                kernel_of = validation.kernels(onnx.load(path, load_external_data=False))
-                if c.providers != runtime.CPU:
-                    session = runtime.session(c.graph, threads=threads, providers=c.providers)
-                results = validation.outputs(session, unseen(), count, c.progress)
-                rows = validation.compare_outputs(c.graph.output_names, references, results, c.annotations.class_outputs)
-        if c.target.runs_here:
-            c.progress("timing", index, 2)
-            milliseconds[index].append(validation.time_alone(session, one))
-        del session
-        runtime.release_memory()
-    batch = len(next(iter(one.values())))
-    latency = (
-        [LatencyRow(threads, batch, a, b, b / a) for threads, (a, b) in zip(settings, milliseconds, strict=True)] if milliseconds[0] else []
-    )
-    return rows, tuple(reversed(latency)), kernel_of
-
-
 def _measure_gates(verdict: Validation, min_sqnr: float | None, min_agreement: float | None) -> tuple[GateRow, ...]:
     gates = []
     if min_sqnr is not None:
@@ -287,23 +196,3 @@ def _measure_gates(verdict: Validation, min_sqnr: float | None, min_agreement: f
 def _describe(data: Data) -> DataRow:
     preprocess = data.preprocess.source if data.preprocess is not None else "none: arrays are fed as they are"
     return DataRow(data.description, preprocess, data.calibration_count, data.validation_count, tuple(data.skipped))
-
-
-def _linear_rows(c: Compilation, kernel_of: dict[str, str]) -> tuple[LinearRow, ...]:
-    rows = []
-    reasons = {note.where: note.reason for note in c.notes}
-    for linear in c.annotations.linears:
-        codes = c.codes.get(Edge(linear.name, 1))
-        kernel = kernel_of.get(codes or linear.weight.name, "")
-        integer = codes is not None and kernel in c.target.integer_kernels
-        reason = (
-            ""
-            if integer
-            else reasons.get(linear.name, "")
-            if codes is None
-            else f"the runtime computes it with {kernel or 'another operator'}"
-        )
-        scope = c.graph.scope(linear.matmul)
-        size = (linear.in_features, linear.out_features)
-        rows.append(LinearRow(linear.name, scope, linear.role, linear.block, *size, codes is not None, kernel, integer, reason))
-    return tuple(rows)

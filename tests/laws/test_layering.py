@@ -18,7 +18,7 @@ LAYERS = (
     ("cli",),
     ("",),
     ("arguments", "check", "compiler", "diagnosis", "inspection", "terminal"),
-    ("opening", "passes", "provenance", "sensitivity"),
+    ("opening", "passes", "provenance", "sensitivity", "verdict"),
     ("annotations", "catalog", "explain", "plots", "recipe", "repair", "report", "training", "validation", "verify"),
     ("prefix",),
     ("blocks", "quantizers", "targets"),
