@@ -29,7 +29,7 @@ class Way:
     """One way of training.
 
     Attributes:
-        options: of reconstruct-blocks; None leaves it out.
+        options: of reconstruct-blocks, beside or instead of the recipe's; None leaves it out.
         parts: into how many a tiny ViT is cut for it: steps are divided by that.
         before: a pass for the head of the pipeline.
         part_of_samples: how many of the images it may see.
@@ -94,11 +94,13 @@ def pipeline(recipe: str, bits: str | None, way: Way, steps: int) -> str:
     passes = load_recipe(way.recipe or recipe).with_bits(bits).pipeline
     if way.recipe:
         return passes
-    before, _, _ = passes.partition(TRAINED)
+    before, _, options = passes.partition(TRAINED)
     head = f"{way.before}," if way.before else ""
     if way.options is None:
         return head + before.rstrip(",")
-    return f"{head}{before}{TRAINED}{{steps={max(1, steps // way.parts)}{f' {way.options}' if way.options else ''}}}"
+    words = f"{options.strip('{}')} steps={max(1, steps // way.parts)} {way.options}".split()
+    chosen = dict(word.split("=") for word in words)  # the last of each counts
+    return f"{head}{before}{TRAINED}{{{' '.join(map('='.join, chosen.items()))}}}"
 
 
 def measure(options: argparse.Namespace) -> list[Table]:

@@ -299,6 +299,7 @@ def test_every_way_of_training_is_a_pipeline() -> None:
     for text in texts.values():
         Pipeline.parse(f"{FRONT},{text}", find_pass)
     assert "reconstruct-blocks" not in texts["no training"]
-    assert texts["unit=block"].endswith("reconstruct-blocks{steps=10 unit=block}")
+    assert texts["unit=block"].endswith("reconstruct-blocks{steps=10 code-rate=0.006 unit=block}")
+    assert texts["code-rate=0"].endswith("reconstruct-blocks{steps=80 code-rate=0.0}")
     assert texts["refit-mlp before it"].startswith("refit-mlp,")
     assert texts["recipe adaquant"].count("reconstruct-blocks") == 2
