@@ -23,6 +23,7 @@ from vitq_compiler.errors import DataError
 from vitq_compiler.pipeline import Compilation, Fact, Pass
 from vitq_compiler.prefix import Inputs, Store, walk
 from vitq_compiler.repair import quantized_part, reference, repairable
+from vitq_compiler.report import TrainingRow
 from vitq_compiler.torch_graph import require_torch
 from vitq_compiler.training.batches import split, temporary_store
 from vitq_compiler.training.loop import Schedule, pick_device, torch_threads, train
@@ -96,6 +97,7 @@ class ReconstructBlocks(Pass):
             checkpoint = self._checkpoint(c, learned.fingerprint(self, index, inputs.count))
             fitted, held_back = split(inputs.count, c.data.copies)
             before, after = train(learned, objective, fitted, held_back, schedule, checkpoint=checkpoint, advance=advance)
+        c.training.append(TrainingRow(_name(window), before, after))
         if after < before:
             keep(c, learned)
         else:

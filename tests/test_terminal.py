@@ -8,7 +8,7 @@ import pytest
 from rich.console import Console
 
 from tests.sample_report import FLOAT_HEAD, MET, MISSED, NOT_INTEGER, linear, sample_report
-from vitq_compiler.report import AttentionRow, CompileReport, LatencyRow, Validation
+from vitq_compiler.report import AttentionRow, CompileReport, LatencyRow, TrainingRow, Validation
 from vitq_compiler.terminal import LOG_COLUMNS, console_for, gate_line, progress_on, show
 
 SUMMARY = """\
@@ -126,6 +126,14 @@ fp8       | 0 of 12   |         - | compute capability 8.0 has no such kind
     )
     assert table in printed(sample_report(attention=rows))
     assert sample_report(attention=rows).to_dict()["attention"][1]["sqnr_db"] == 24.6
+
+
+def test_what_training_was_worth() -> None:
+    one, other = TrainingRow("attention 0", 3.0, 2.25), TrainingRow("mlp 0", 3.0, 3.0)
+    assert "Training       loss on samples held back 3.000 -> 2.250, 25.00 % less" in printed(sample_report(training=(one,)))
+    assert "held back 12.50 % less on average, in 1 of 2 parts" in printed(sample_report(training=(one, other)))
+    assert sample_report(training=(one,)).to_dict()["training"] == [{"where": "attention 0", "before": 3.0, "after": 2.25}]
+    assert "Training" not in printed(sample_report())
 
 
 def test_time_passes() -> None:

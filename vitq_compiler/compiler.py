@@ -162,6 +162,7 @@ def compile(
         nodes=provenance.rows(c),
         command=chosen.command(written, graph.inputs) if written else "",
         attention=tuple(c.prices),
+        training=tuple(c.training),
     )
 
 

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from vitq_compiler.graph import Array, Graph
     from vitq_compiler.quant import Edge, QuantParams, QuantSpec
     from vitq_compiler.recipe import Recipe
-    from vitq_compiler.report import AttentionRow
+    from vitq_compiler.report import AttentionRow, TrainingRow
     from vitq_compiler.target import Target
 
 
@@ -73,6 +73,7 @@ class Compilation:
     runnable: Graph | None = None  # what onnxruntime can run in place of the graph, where it cannot run that
     floating: Path | Graph | None = None  # the model that everything is held against
     prices: list[AttentionRow] = field(default_factory=list)  # set by price-attention
+    training: list[TrainingRow] = field(default_factory=list)  # set by reconstruct-blocks
     notes: list[Note] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)
     threads: int = 0

@@ -121,6 +121,21 @@ class BlockRow:
 
 
 @dataclass(frozen=True)
+class TrainingRow:
+    """What training one part of the network was worth.
+
+    Attributes:
+        where: the block it begins with.
+        before: its loss (see `training.objective`) on samples held back from training, as it came.
+        after: the same as it was left: never more.
+    """
+
+    where: str
+    before: float
+    after: float
+
+
+@dataclass(frozen=True)
 class AttentionRow:
     """What one choice for the operands of the attention products would cost.
 
@@ -201,6 +216,7 @@ class CompileReport:
     nodes: tuple[NodeRow, ...] = ()
     command: str = ""
     attention: tuple[AttentionRow, ...] = ()
+    training: tuple[TrainingRow, ...] = ()
 
     @property
     def quantized(self) -> int:

@@ -11,6 +11,7 @@ import time
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from itertools import groupby
+from statistics import fmean
 from typing import IO, TYPE_CHECKING
 
 from rich import box
@@ -27,7 +28,7 @@ if TYPE_CHECKING:
     from vitq_compiler.diagnosis import Diagnosis, RewriteRow
     from vitq_compiler.inspection import Structure
     from vitq_compiler.progress import Progress
-    from vitq_compiler.report import AttentionRow, CompileReport, GateRow, LatencyRow, LinearRow
+    from vitq_compiler.report import AttentionRow, CompileReport, GateRow, LatencyRow, LinearRow, TrainingRow
 
 LOG_COLUMNS = 100
 FIRST_NAMES = 5  # shown of a list unless all are asked for
@@ -228,6 +229,7 @@ def _show_summary(report: CompileReport, console: Console, verbosity: int) -> No
         "Calibration": f"{data.source}; validated on {data.validation_samples} others" if data.validation_samples else data.source,
         "Skipped": _names(skipped, verbosity) if skipped else "",
         "Preprocessing": data.preprocess,
+        "Training": _training(report.training),
         "Recipe": f"{_recipe(report)} for {report.target}, compiled in {report.seconds:.1f} s",
     }
     facts = Table(box=None, show_header=False, pad_edge=False)
@@ -279,6 +281,16 @@ def _show_passes(report: CompileReport, console: Console) -> None:
     rows = [(row.spec, str(row.changes), f"{row.seconds:.3f}", _percent(row.seconds / total if total else 0.0, 0)) for row in report.passes]
     rows.append(("all passes", str(sum(row.changes for row in report.passes)), f"{total:.3f}", ""))
     _table(console, ("Pass", "changes", "seconds", "share"), rows)
+
+
+def _training(rows: Sequence[TrainingRow]) -> str:
+    """What training was worth, in one line; nothing where there was none."""
+    if not rows:
+        return ""
+    gains = [1 - row.after / row.before for row in rows]
+    if len(rows) == 1:
+        return f"loss on samples held back {rows[0].before:.3f} -> {rows[0].after:.3f}, {_percent(gains[0])} less"
+    return f"loss on samples held back {_percent(fmean(gains))} less on average, in {sum(gain > 0 for gain in gains)} of {len(rows)} parts"
 
 
 def _left_out(linears: Iterable[LinearRow]) -> list[tuple[str, str, list[str]]]:

@@ -50,6 +50,7 @@ def test_training_helps_on_unseen_samples(unit: str, helped: int) -> None:
     c = prepared()
     before = quality(c)
     assert find_pass("reconstruct-blocks")(steps=60, unit=unit, **RATES).run(c) >= helped
+    assert sum(row.after < row.before for row in c.training) >= helped
     assert quality(c) > before + 1
     for edge, codes in c.rounding.items():
         assert codes.min() >= c.params[edge].quant_min
