@@ -90,9 +90,9 @@ class ReconstructBlocks(Pass):
         """Train one window; whether that served the samples held back."""
         if inputs.count < 2 * c.data.copies:
             raise DataError(f"pass {self.name} holds samples back: give more of them, or a smaller --batch-size")
-        with temporary_store(c) as ends, temporary_store(c) as weights:
+        with temporary_store(c) as weights:
             learned = learn(c, window, self.margin, self.round, pick_device(c.device))
-            objective = Objective(c, window, inputs, (ends, finals, weights), learned, goal)
+            objective = Objective(c, window, inputs, (finals, weights), learned, goal)
             schedule = Schedule(self.steps, self.code_rate, self.scale_rate, self.bias_rate, self.drop, seed=index)
             checkpoint = self._checkpoint(c, learned.fingerprint(self, index, inputs.count))
             fitted, held_back = split(inputs.count, c.data.copies)

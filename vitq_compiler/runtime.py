@@ -32,6 +32,7 @@ def session(
     *,
     threads: int = 0,
     brief: bool = False,
+    takes_turns: bool = False,
     optimized_path: Path | None = None,
     providers: Sequence[str] = CPU,
 ) -> ort.InferenceSession:
@@ -41,6 +42,7 @@ def session(
         model: a graph, whose weights are then shared and not copied where they are large and in float; a ModelProto; or a file.
         threads: intra-op threads; 0 lets the runtime choose.
         brief: for one or two runs: skip what takes longer to prepare than it saves.
+        takes_turns: with other work on the same cores: threads sleep between runs instead of waiting awake.
         optimized_path: also write the optimized graph here.
         providers: execution providers of the runtime, see `providers_of`.
 
@@ -53,6 +55,8 @@ def session(
     if brief:
         options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_ENABLE_BASIC
         options.add_session_config_entry("session.disable_prepacking", "1")
+    if takes_turns:
+        options.add_session_config_entry("session.intra_op.allow_spinning", "0")
     if optimized_path is not None:
         options.optimized_model_filepath = str(optimized_path)
         if isinstance(model, Graph):  # may have more weights than one file takes

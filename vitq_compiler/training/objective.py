@@ -9,13 +9,13 @@ g0 and l0 are the values before training. Between a window and the end stands th
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
 from vitq_compiler.errors import RecipeError
-from vitq_compiler.graph import Graph
+from vitq_compiler.graph import Array, Graph
 from vitq_compiler.pipeline import Compilation
 from vitq_compiler.prefix import Inputs, Store
 from vitq_compiler.quant import Edge
@@ -77,24 +77,21 @@ class Objective:
         c: the compilation.
         window: what is trained.
         inputs: what it reads.
-        stores: where the float values of its ends are put, where those of the final tensors are, and where weights of errors are put.
+        stores: where the float values of the final tensors are, and where weights of errors are put.
         learned: the quantizers as they are before training.
         goal: what to train for.
     """
 
-    def __init__(
-        self, c: Compilation, window: Window, inputs: Inputs, stores: tuple[Store, Store, Store], learned: Learned, goal: Goal
-    ) -> None:
+    def __init__(self, c: Compilation, window: Window, inputs: Inputs, stores: tuple[Store, Store], learned: Learned, goal: Goal) -> None:
         self._torch, self._inputs, self._goal, self._device = require_torch("training"), inputs, goal, learned.device
         self._window, self._finals, self.count = window, goal.finals(c), inputs.count
-        self._ends, self._final, self._weights = stores
+        self._final, self._weights = stores
         stage, last = window.stage, () if window.rest else self._finals
         self._names = tuple(dict.fromkeys((*window.ends, *stage.results, *last)))
         self._part = TorchGraph(c.graph.part(stage.sources, self._names), self._device)
         self._suffix = TorchGraph(reference(c).part(window.rest, self._finals), self._device) if window.rest and self._finals else None
-        batches = ((inputs.batch(n, b)[0] for n in stage.sources) for b in range(inputs.count))
-        store_outputs(reference(c), stage.sources, window.ends, batches, self._ends, c.threads)
-        self._energy = {n: self._variance(self._ends, n) for n in window.ends} | {n: self._variance(self._final, n) for n in self._finals}
+        self._ends = _Ends(reference(c), stage.sources, window.ends, inputs, c.threads)
+        self._energy = self._variances(window.ends, self._ends.get) | self._variances(self._finals, self._final.get)
         if goal.metric != "mse":
             self._weigh(c)
         with self._torch.no_grad():
@@ -139,14 +136,30 @@ class Objective:
             for name, weights in zip(self._window.ends, weigh(self._goal.metric, suffix, results, batch), strict=True):
                 self._weights.put(name, batch, weights.cpu().numpy())
 
-    def _variance(self, store: Store, name: str) -> float:
-        return max(float(np.mean([store.get(name, batch).var() for batch in range(self.count)])), FLOOR)
+    def _variances(self, names: Sequence[str], get: Callable[[str, int], Array]) -> dict[str, float]:
+        found = np.mean([[get(name, batch).var() for name in names] for batch in range(self.count)], axis=0)
+        return {name: max(float(variance), FLOOR) for name, variance in zip(names, found, strict=True)}
 
     def _read(self, name: str, batch: int) -> Tensor:
         return self._tensor(self._inputs.batch(name, batch)[self._goal.prefix == "quantized"])
 
     def _tensor(self, array: np.ndarray) -> Tensor:
         return self._torch.from_numpy(np.array(array)).to(self._device)
+
+
+class _Ends:
+    """The float values of a window's ends, computed batch by batch when they are asked for: those of all would fill a memory."""
+
+    def __init__(self, graph: Graph, sources: tuple[str, ...], names: tuple[str, ...], inputs: Inputs, threads: int) -> None:
+        self._sources, self._names, self._inputs = sources, names, inputs
+        self._runtime = session(graph.part(sources, names), threads=threads, takes_turns=True) if names else None
+        self._batch, self._values = -1, dict[str, Array]()
+
+    def get(self, name: str, batch: int) -> Array:
+        if batch != self._batch and self._runtime is not None:
+            feed = {source: np.asarray(self._inputs.batch(source, batch)[0]) for source in self._sources}
+            self._batch, self._values = batch, dict(zip(self._names, run(self._runtime, feed), strict=True))
+        return self._values[name]
 
 
 class _Suffix:
