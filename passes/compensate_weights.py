@@ -5,8 +5,9 @@
 x are the inputs in the float graph, x' those behind all quantizers and compensated layers before; V has a closed form (ridge
 regression; first step of ERQ, arXiv 2407.06794, reconstruction of RepQuant, arXiv 2402.05628). ``strength`` is in parts of
 the mean energy of an input, so that one number serves all layers; with ``validated`` each layer gets the one with which half of the
-batches serves the other half best (and half of it, for twice the samples). Scales of the new weight are computed afresh. An output
-whose error, weights rounded, would not shrink keeps its old weight. ``samples`` is as in round-weights.
+batches serves the other half best (and half of it, for twice the samples). Scales of the new weight are computed afresh. ``gptq`` rounds
+it with second-order feedback before the next layer is fitted, which round-weights would do behind the backs of all. An output whose
+error, weights rounded, would not shrink keeps its old weight. ``samples`` is as in round-weights.
 """
 
 from __future__ import annotations
@@ -19,8 +20,9 @@ from vitq_compiler.blocks.linear import Linear
 from vitq_compiler.graph import value
 from vitq_compiler.moments import Moments
 from vitq_compiler.pipeline import Compilation, Fact, Pass
-from vitq_compiler.quant import Edge, QuantParams, fake_quantize
+from vitq_compiler.quant import Edge, QuantParams, dequantize, quantize
 from vitq_compiler.repair import Target, set_bias, sweep
+from vitq_compiler.rounding import second_order
 from vitq_compiler.weight_scales import fit_scales
 
 STRENGTHS = (0.1, 0.5, 2.0, 10.0, 100.0)  # of which ``validated`` takes one; the last changes hardly anything
@@ -35,6 +37,7 @@ class CompensateWeights(Pass):
     requires = frozenset({Fact.QPARAMS})
     strength: float = 0.5
     validated: bool = False
+    gptq: bool = False
     samples: int = 0
 
     def __post_init__(self) -> None:
@@ -47,13 +50,18 @@ class CompensateWeights(Pass):
             old = c.params[edge]
             weight = moments.regress(target.weight, self._strength(target, moments))
             new = fit_scales(weight, c.specs[edge], np.diag(moments.other_covariance))
-            quantized = fake_quantize(weight, new).astype(np.float64), fake_quantize(value(linear.weight), old).astype(np.float64)
-            errors = [moments.error(target.weight, q) for q in quantized]
-            kept = errors[1] <= errors[0] if old.axis is not None else np.full(linear.out_features, errors[1].sum() <= errors[0].sum())
-            linear.weight.values = np.where(kept, value(linear.weight), weight).astype(np.float32)
-            c.params[edge] = choose(kept, old, new)
+            options = [(old, quantize(value(linear.weight), old)), (new, quantize(weight, new))]
+            if self.gptq:
+                options.append((new, second_order(weight, new, moments.other_covariance)))
+            quantized = [dequantize(codes, params).astype(np.float64) for params, codes in options]
+            errors = np.stack([moments.error(target.weight, q) for q in quantized])
+            best = errors.argmin(0) if old.axis is not None else np.full(linear.out_features, errors.sum(1).argmin())
+            linear.weight.values = np.where(best == 0, value(linear.weight), weight).astype(np.float32)
+            c.params[edge] = choose(best == 0, old, new)
             c.rounding.pop(edge, None)
-            set_bias(linear, target.bias + moments.bias_offset(target.weight, np.where(kept, quantized[1], quantized[0])))
+            if self.gptq:
+                c.rounding[edge] = np.choose(best, [codes for _, codes in options])
+            set_bias(linear, target.bias + moments.bias_offset(target.weight, np.choose(best, quantized)))
 
         return sweep(c, compensate, "compensating", samples=self.samples, halves=self.validated)
 
