@@ -30,11 +30,13 @@ def quality(c: Compilation, seed: int = 5) -> float:
 
 
 @pytest.mark.parametrize("granularity", ["per_channel", "per_tensor"])
-def test_it_helps_on_unseen_samples(granularity: str) -> None:
+@pytest.mark.parametrize("gptq", [False, True])
+def test_it_helps_on_unseen_samples(granularity: str, gptq: bool) -> None:
     c = prepared(granularity=granularity)
     before = quality(c)
-    assert find_pass("compensate-weights")().run(c) == 8
+    assert find_pass("compensate-weights")(gptq=gptq).run(c) == 8
     assert quality(c) > before + 1
+    assert bool(c.rounding) == gptq
 
 
 def test_the_reference_is_the_float_model() -> None:
