@@ -63,7 +63,8 @@ def test_training_repairs_too(model: Path, tmp_path: Path, bits: str) -> None:
     recipe = load_recipe(f"best-{bits}")
     assert recipe.bits == bits
     names = [text.partition("{")[0] for text in recipe.passes.split(",")]
-    assert names[-2:] == ["compensate-weights", "reconstruct-blocks"]
+    assert names[-1] == "reconstruct-blocks"
+    assert "compensate-weights" in names
     bare = recipe.passes.partition(",compensate-weights")[0]
     trained = f"{bare},reconstruct-blocks{{steps=60 code-rate=0.01 scale-rate=0.003}}"
     target, options = load_target("onnxruntime"), {"recipe": f"best-{bits}", "samples": 64, "threads": 1}
