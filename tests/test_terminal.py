@@ -134,6 +134,7 @@ def test_what_training_was_worth() -> None:
     assert "held back 12.50 % less on average, in 1 of 2 parts" in printed(sample_report(training=(one, other)))
     assert sample_report(training=(one,)).to_dict()["training"] == [{"where": "attention 0", "before": 3.0, "after": 2.25}]
     assert "Training" not in printed(sample_report())
+    assert TrainingRow("mlp 0", 0.0, 0.0).gain == 0
 
 
 def test_time_passes() -> None:

@@ -24,7 +24,7 @@ from vitq_compiler.progress import Progress, silent
 from vitq_compiler.provenance import Provenance
 from vitq_compiler.recipe import load_recipe
 from vitq_compiler.report import CompileReport, DataRow, GateRow, NoteRow, PassRow, Validation
-from vitq_compiler.verdict import judge, linear_rows
+from vitq_compiler.verdict import linear_rows, validate
 from vitq_compiler.verify import Dump, Parity, Structure, Thrift
 
 PROBE_SAMPLES = 2
@@ -137,7 +137,7 @@ def compile(
     integer = c.graph.to_proto()
     if half:
         floating = _restore(model, integer, boundary, half, floating, c)
-    verdict, kernel_of = judge(floating, file_bytes(model), integer, c, parity)
+    verdict, kernel_of = validate(floating, file_bytes(model), integer, c, parity)
     gates = _measure_gates(verdict, min_sqnr, min_agreement)
     written = output if output_on_failure or all(gate.passed for gate in gates) else None
     if written is not None:

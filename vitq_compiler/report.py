@@ -134,6 +134,11 @@ class TrainingRow:
     before: float
     after: float
 
+    @property
+    def gain(self) -> float:
+        """The part of the loss that training took away."""
+        return 1 - self.after / self.before if self.before else 0.0
+
 
 @dataclass(frozen=True)
 class AttentionRow:

@@ -287,9 +287,9 @@ def _training(rows: Sequence[TrainingRow]) -> str:
     """What training was worth, in one line; nothing where there was none."""
     if not rows:
         return ""
-    gains = [1 - row.after / row.before for row in rows]
     if len(rows) == 1:
-        return f"loss on samples held back {rows[0].before:.3f} -> {rows[0].after:.3f}, {_percent(gains[0])} less"
+        return f"loss on samples held back {rows[0].before:.3f} -> {rows[0].after:.3f}, {_percent(rows[0].gain)} less"
+    gains = [row.gain for row in rows]
     return f"loss on samples held back {_percent(fmean(gains))} less on average, in {sum(gain > 0 for gain in gains)} of {len(rows)} parts"
 
 

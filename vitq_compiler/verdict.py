@@ -22,7 +22,7 @@ Batches = Callable[[], Iterator[runtime.Feed]]
 Measured = tuple[tuple[OutputRow, ...], tuple[LatencyRow, ...], dict[str, str]]
 
 
-def judge(
+def validate(
     floating: Path | Graph, float_bytes: int, integer: onnx.ModelProto, c: Compilation, parity: Parity
 ) -> tuple[Validation, dict[str, str]]:
     """Run both graphs.
@@ -117,7 +117,7 @@ def _measure_in_turn(
 
 
 def linear_rows(c: Compilation, kernel_of: dict[str, str]) -> tuple[LinearRow, ...]:
-    """What became of every Linear layer; ``kernel_of`` is that of `judge`."""
+    """What became of every Linear layer; ``kernel_of`` is that of `validate`."""
     rows = []
     reasons = {note.where: note.reason for note in c.notes}
     for linear in c.annotations.linears:
