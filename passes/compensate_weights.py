@@ -6,8 +6,8 @@ x are the inputs in the float graph, x' those behind all quantizers and compensa
 regression; first step of ERQ, arXiv 2407.06794, reconstruction of RepQuant, arXiv 2402.05628). ``strength`` is in parts of
 the mean energy of an input, so that one number serves all layers; with ``validated`` each layer gets the one with which half of the
 batches serves the other half best (and half of it, for twice the samples). Scales of the new weight are computed afresh. ``gptq`` rounds
-it with second-order feedback before the next layer is fitted, which round-weights would do behind the backs of all. An output whose
-error, weights rounded, would not shrink keeps its old weight. ``samples`` is as in round-weights.
+it with second-order feedback before the next layer is fitted; round-weights, coming later, changes what layers were fitted to. An output
+whose error, weights rounded, would not shrink keeps its old weight. ``samples`` is as in round-weights.
 """
 
 from __future__ import annotations
