@@ -53,8 +53,9 @@ class Annotate(Pass):
         if role in c.recipe.float_roles:
             self.note(c, node.name, f"role {role} stays in float in recipe {c.recipe.name}")
         else:
-            c.specs[Edge(node.name, 0)] = c.target.fit(c.recipe.activation_spec(role))
-            c.specs[Edge(node.name, 1)] = c.recipe.weight_spec(role)
+            activation = c.target.fit(c.recipe.activation_spec(role))
+            c.specs[Edge(node.name, 0)] = activation
+            c.specs[Edge(node.name, 1)] = c.target.fit_weight(c.recipe.weight_spec(role), activation)
 
     def _specify_products(self, c: Compilation, attention: Attention) -> None:
         """Operands of the attention products: all that the recipe names, or none."""

@@ -20,10 +20,10 @@ from vitq_compiler.blocks.linear import Linear
 from vitq_compiler.graph import value
 from vitq_compiler.moments import Moments
 from vitq_compiler.pipeline import Compilation, Fact, Pass
-from vitq_compiler.quant import Edge, QuantParams, dequantize, quantize
+from vitq_compiler.quant import Edge, dequantize, quantize
 from vitq_compiler.repair import Target, set_bias, sweep
 from vitq_compiler.rounding import second_order
-from vitq_compiler.weight_scales import fit_scales
+from vitq_compiler.weight_scales import choose, fit_scales
 
 STRENGTHS = (0.1, 0.5, 2.0, 10.0, 100.0)  # of which ``validated`` takes one; the last changes hardly anything
 OUTPUTS = 64  # of a layer that choose for all
@@ -76,11 +76,3 @@ class CompensateWeights(Pass):
             return sum(float(b.error(weight, a.regress(weight, strength)).sum()) for a, b in ((one, two), (two, one)))
 
         return min(STRENGTHS, key=error) / 2
-
-
-def choose(which: np.ndarray, first: QuantParams, second: QuantParams) -> QuantParams:
-    """``first`` for the outputs where ``which`` holds, else ``second``."""
-    if first.axis is None:
-        return first if which.all() else second
-    scale, zero_point = (np.where(which, a, b) for a, b in ((first.scale, second.scale), (first.zero_point, second.zero_point)))
-    return QuantParams(scale, zero_point, first.axis, first.quant_min, first.quant_max)

@@ -1,11 +1,12 @@
 """Ranges and specs -> scales, zero points and curves, such that the whole calibrated range is covered.
 
-Weights are covered too, or with ``weights=mse`` clipped where that makes their squared error smaller.
+Weights are covered too, or with ``weights=mse`` clipped where that makes their squared error smaller. Where neighbouring codes have
+a limit to keep to, a scale is as much larger as makes that error least (see `pairs`).
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -13,7 +14,7 @@ from vitq_compiler.graph import Node, Tensor, is_constant, value
 from vitq_compiler.pipeline import Compilation, Fact, Pass
 from vitq_compiler.quant import QuantParams, QuantSpec, from_range
 from vitq_compiler.quantizer import quantizer_for
-from vitq_compiler.weight_scales import fit_scales
+from vitq_compiler.weight_scales import fit_scales, widened
 
 
 @dataclass(frozen=True)
@@ -55,7 +56,11 @@ def activation_params(c: Compilation, tensor: Tensor, spec: QuantSpec) -> QuantP
 def weight_params(node: Node, spec: QuantSpec) -> QuantParams:
     """Parameters of the weight of a MatMul ([K, N], channels last) or Conv ([O, I, ...], channels first)."""
     weight, axis = value(node.inputs[1]), 0 if node.op == "Conv" else 1
-    if spec.granularity == "per_tensor":
-        return from_range(weight.min(), weight.max(), spec)
-    others = tuple(i for i in range(weight.ndim) if i != axis)
-    return from_range(np.asarray(weight.min(others)), np.asarray(weight.max(others)), spec, axis)
+    others = None if spec.granularity == "per_tensor" else tuple(i for i in range(weight.ndim) if i != axis)
+    params = from_range(np.asarray(weight.min(others)), np.asarray(weight.max(others)), spec, None if others is None else axis)
+    if params.pairs is None:
+        return params
+    if node.op == "Conv":  # its kernels walk through positions first, then through channels
+        walk = (*range(2, weight.ndim), 1)
+        params, weight = replace(params, pairs=replace(params.pairs, walk=walk)), weight.transpose(*walk, 0).reshape(-1, len(weight))
+    return widened(weight, params, np.ones(len(weight)))

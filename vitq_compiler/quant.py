@@ -19,6 +19,8 @@ import ml_dtypes
 import numpy as np
 from numpy.typing import NDArray
 
+from vitq_compiler.pairs import Pairs
+
 if TYPE_CHECKING:
     from vitq_compiler.graph import Graph, Tensor
 
@@ -56,6 +58,7 @@ class QuantSpec:
         base: of the log quantizers: ratio of neighbouring values; 0 leaves it to the search.
         shift: of the shifted log: what is added before the logarithm; 0 leaves it to the search.
         zero: of the log quantizer: its smallest code stands for zero rather than for the smallest power.
+        pair_limit: of a weight: what two neighbouring codes may sum to in magnitude, see `pairs`; 0 sets no limit.
     """
 
     bits: int = 8
@@ -68,6 +71,7 @@ class QuantSpec:
     shift: float = 0.0
     zero: bool = False
     anchored: bool = False
+    pair_limit: int = 0
 
     def __post_init__(self) -> None:
         if self.anchored and (self.bits > 7 or self.granularity != "per_tensor" or self.symmetric):
@@ -80,6 +84,8 @@ class QuantSpec:
             raise ValueError(f"base must be above 1 and at most 16, or 0 to search it, got {self.base}")
         if self.shift < 0:
             raise ValueError(f"shift must not be negative, got {self.shift}")
+        if self.pair_limit and not (self.signed and self.symmetric):
+            raise ValueError("a pair limit needs signed symmetric codes")
 
     @property
     def has_zero_point(self) -> bool:
@@ -129,6 +135,7 @@ class QuantParams:
         format: of the codes, see `QuantSpec`.
         curve: what the codes lie evenly on; None: the values themselves.
         signed: the container is signed also where no code is negative.
+        pairs: what neighbouring codes of a weight must keep to; None: nothing.
     """
 
     scale: NDArray[np.float32]
@@ -139,6 +146,7 @@ class QuantParams:
     format: Format = "int"
     curve: Curve | None = None
     signed: bool = False
+    pairs: Pairs | None = None
 
     def __post_init__(self) -> None:
         if self.scale.shape != self.zero_point.shape or self.scale.ndim != (0 if self.axis is None else 1):
@@ -181,7 +189,9 @@ def from_range(low: Float, high: Float, spec: QuantSpec, axis: int | None = None
         scale = (high - low) / codes
         with np.errstate(divide="ignore", invalid="ignore"):
             zero_point = np.where(scale > 0, np.clip(np.rint(spec.quant_min - low / scale), spec.quant_min, spec.quant_max), spec.quant_min)
-    return QuantParams(np.maximum(scale, smallest).astype(np.float32), zero_point.astype(np.int32), axis, spec.quant_min, spec.quant_max)
+    scale, zero_point = np.maximum(scale, smallest).astype(np.float32), zero_point.astype(np.int32)
+    pairs = Pairs(spec.pair_limit) if spec.pair_limit else None
+    return QuantParams(scale, zero_point, axis, spec.quant_min, spec.quant_max, pairs=pairs)
 
 
 def anchor(params: QuantParams) -> QuantParams:
@@ -228,9 +238,11 @@ def quantize(x: Float, params: QuantParams) -> NDArray[Any]:
     if params.format == "e4m3":
         return np.asarray(np.clip(np.asarray(x, np.float32) / scale, params.quant_min, params.quant_max).astype(params.dtype))
     t = np.asarray(x, np.float32) if params.curve is None else params.curve.forward(np.asarray(x, np.float32))
-    codes = np.rint(t / scale) + zero_point
-    clipped: NDArray[Any] = np.clip(codes, params.quant_min, params.quant_max).astype(params.dtype)
-    return clipped
+    steps = t / scale
+    codes = np.clip(np.rint(steps) + zero_point, params.quant_min, params.quant_max)
+    if params.pairs is not None:
+        codes = params.pairs.hold(codes, steps)
+    return np.asarray(codes.astype(params.dtype))
 
 
 def dequantize(codes: NDArray[Any], params: QuantParams) -> NDArray[np.float32]:

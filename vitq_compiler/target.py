@@ -58,6 +58,10 @@ class Target(ABC):
             raise RecipeError(f"target {self.name} has no 8-bit floats: take int8, or --target tensorrt")
         return spec
 
+    def fit_weight(self, weight: QuantSpec, activation: QuantSpec) -> QuantSpec:
+        """What the target makes of a recipe's intent for a weight, beside the activation that it is multiplied with (see `fit`)."""
+        return weight
+
     def attention_fault(self, head_dim: int, tokens: int, spec: QuantSpec) -> str:
         """Why the products of an attention block of these sizes should stay in float whatever the recipe says, or nothing."""
         return ""

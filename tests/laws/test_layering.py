@@ -42,7 +42,7 @@ LAYERS = (
     ("branches", "builtin_images", "contrib", "model_io", "pattern", "pipeline", "precision", "registry"),
     ("runtime",),
     ("arrays", "augmentation", "graph", "judge", "metrics", "orthogonal", "outliers", "preprocess", "progress", "quant"),
-    ("errors", "recipes", "text"),
+    ("errors", "pairs", "recipes", "text"),
 )
 HEIGHT = {module: len(LAYERS) - row for row, layer in enumerate(LAYERS) for module in layer}
 

@@ -37,10 +37,12 @@ class Platform:
     Attributes:
         version: of the target; None where it has only one.
         compute_capability: of the GPU, such as 8.9; None where it is not known, and then nothing is said about it.
+        cpu: kind of CPU, for targets that run on one; ``any`` includes the oldest.
     """
 
     version: str | None = None
     compute_capability: float | None = None
+    cpu: str = "any"
 
 
 class Fault(NamedTuple):

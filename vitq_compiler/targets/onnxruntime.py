@@ -9,14 +9,18 @@ int8 activations with several readers in float.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, ClassVar
 
 import numpy as np
 
 from vitq_compiler.blocks.linear import Linear
+from vitq_compiler.errors import RecipeError
 from vitq_compiler.graph import Array, Graph, Node, Tensor, producer, readers, value
 from vitq_compiler.lint.onnxruntime import RULES
-from vitq_compiler.quant import Edge, QuantParams
+from vitq_compiler.lint.rule import Platform, Rule
+from vitq_compiler.pairs import pair_limit
+from vitq_compiler.quant import Edge, QuantParams, QuantSpec
 from vitq_compiler.target import Target
 from vitq_compiler.targets._codes import clip_codes
 from vitq_compiler.targets._flat_stream import flatten_stream, merge_reshapes
@@ -25,17 +29,49 @@ if TYPE_CHECKING:
     from vitq_compiler.pipeline import Compilation
 
 
-class Onnxruntime(Target):
-    """ONNX Runtime's CPU kernels."""
+CPUS = ("any", "vnni")
+SHIFT = 128  # by which the runtime moves signed activation codes into uint8
 
-    name = "onnxruntime"
-    opset = 23
-    ir_version = 10
-    rewrites = "fuse-attention,separate-heads,linearize-patch-embedding"
-    lowering = "insert-qdq,legalize"
-    packing = "pack-weights"
-    integer_kernels = frozenset({"QGemm", "MatMulIntegerToFloat", "QLinearMatMul", "QLinearConv", "DynamicQuantizeMatMul"})
-    rules = RULES
+
+@dataclass(frozen=True)
+class Onnxruntime(Target):
+    """ONNX Runtime's CPU kernels.
+
+    Attributes:
+        cpu: which CPUs the graph must be right on, of `CPUS`: ``any``, or only those whose int8 products do not saturate (x86 with
+            VNNI, ARM), where pairs of weights need no limit.
+    """
+
+    cpu: str = "any"
+
+    name: ClassVar[str] = "onnxruntime"
+    opset: ClassVar[int] = 23
+    ir_version: ClassVar[int] = 10
+    rewrites: ClassVar[str] = "fuse-attention,separate-heads,linearize-patch-embedding"
+    lowering: ClassVar[str] = "insert-qdq,legalize"
+    packing: ClassVar[str] = "pack-weights"
+    integer_kernels: ClassVar[frozenset[str]] = frozenset(
+        {"QGemm", "MatMulIntegerToFloat", "QLinearMatMul", "QLinearConv", "DynamicQuantizeMatMul"}
+    )
+    rules: ClassVar[tuple[Rule, ...]] = RULES
+
+    def __post_init__(self) -> None:
+        if self.cpu not in CPUS:
+            raise RecipeError(f"cpu {self.cpu!r}: known are {', '.join(CPUS)}")
+
+    @property
+    def platform(self) -> Platform:  # type: ignore[override]  # one for each kind of CPU
+        """What the rules are held for."""
+        return Platform(cpu=self.cpu)
+
+    def fit_weight(self, weight: QuantSpec, activation: QuantSpec) -> QuantSpec:
+        """Where two products could leave int16, a limit on neighbouring codes; these are symmetric then, as zero must be near code 0."""
+        if self.cpu != "any" or weight.format != "int" or not weight.signed or activation.quantizer != "affine":
+            return weight
+        limit = pair_limit(activation.quant_max + (SHIFT if activation.signed else 0))
+        if 2 * max(-weight.quant_min, weight.quant_max) <= limit:
+            return weight
+        return replace(weight, symmetric=True, pair_limit=limit)
 
     def lower(self, c: Compilation) -> int:
         flat: dict[str, Tensor] = {}
