@@ -1,6 +1,6 @@
 """Codes of weights rounded with feedback among neighbouring inputs, from one run of the float graph.
 
-    round(W) -> V,   row by row within groups of 128 inputs; what a row loses, the rows after it in its group make good
+    round(W) -> V,   row by row within groups of 96 inputs; what a row loses, the rows after it in its group make good
 
 This is GPTQ (arXiv 2210.17323) with the second moments between groups left out, on a sample of the inputs of the float graph, rounded
 as they will be. At 8 bits the inputs of the quantized graph are near enough to that, so no walk through both graphs is needed (see
@@ -27,7 +27,7 @@ from vitq_compiler.rounding import feed_back, feedback_factor
 from vitq_compiler.sampling import Samples, sample_rows
 from vitq_compiler.weight_scales import widened
 
-GROUP = 128  # inputs between which errors are made good
+GROUP = 96  # inputs between which errors are made good; divides the widths of most models, and larger matrices are factored no better
 BYTES = 1 << 23  # of weights rounded together: what a cache holds
 TOKENS = 64  # of one image at most: more of the same picture tell little that is new
 
@@ -71,11 +71,11 @@ class RoundWithFeedback(Pass):
     def _round(self, c: Compilation, linears: list[Linear], samples: dict[str, Samples]) -> None:
         """Layers of one shape and one grid."""
         steps, factors = [], []
-        moments: dict[tuple[str, str], tuple[NDArray[Any], NDArray[Any]]] = {}
+        moments: dict[tuple[Any, ...], tuple[NDArray[Any], NDArray[Any]]] = {}
         for linear in linears:
             edge, weight = Edge(linear.name, 1), value(linear.weight)
             activation = c.params.get(Edge(linear.name, 0))
-            key = linear.input.name, str(activation)
+            key = linear.input.name, *((activation.scale.tobytes(), activation.zero_point.tobytes()) if activation is not None else ())
             if key not in moments:
                 covariance = _covariance(samples[linear.input.name], activation)
                 moments[key] = np.diagonal(covariance, axis1=1, axis2=2).reshape(-1), feedback_factor(covariance, self.damping)
@@ -94,7 +94,7 @@ def _alike(c: Compilation, linears: list[Linear]) -> Iterator[list[Linear]]:
 
     def kind(linear: Linear) -> tuple[Any, ...]:
         params = c.params[Edge(linear.name, 1)]
-        grid = params.quant_min, params.quant_max, str(params.pairs), str(params.zero_point)
+        grid = params.quant_min, params.quant_max, str(params.pairs), params.zero_point.tobytes()
         return linear.in_features, linear.out_features, *grid
 
     for _, alike in groupby(sorted(linears, key=kind), kind):

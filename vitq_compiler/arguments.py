@@ -245,6 +245,13 @@ OPTIONS = [
         callback=checked(number_fault),
         help="For target tensorrt: of the GPU, such as 8.9; what depends on it is left open without.",
     ),
+    Option(
+        WHAT,
+        "--cpu",
+        type=click.Choice(["any", "vnni"]),
+        help="For target onnxruntime: which CPUs the graph must be right on. Without VNNI, x86 CPUs cut off sums of two products; any "
+        "keeps weights from reaching that, vnni does not, for fleets known to have it.  [default: any]",
+    ),
     Option(WHAT, "--threads", type=NATURAL, default=0, show_default="0: all cores", metavar="N", help="Threads of the runtime."),
     Option(
         WHAT,

@@ -24,6 +24,7 @@ def check(
     *,
     trt_version: str = "10",
     compute_capability: float | None = None,
+    cpu: str = "any",
     with_judge: bool = False,
 ) -> LintReport:
     """Every place where a file breaks a rule of a target.
@@ -33,6 +34,7 @@ def check(
         target: name of a target.
         trt_version: of TensorRT: 8.6, 10 or 11; other targets have one version.
         compute_capability: of the GPU, such as 8.9; None leaves out what depends on it.
+        cpu: which CPUs a graph for onnxruntime has to be right on: ``any``, or ``vnni`` (see `targets.onnxruntime`).
         with_judge: also ask NVIDIA's compiler, where it is installed and the target is TensorRT; it builds for 8.0 unless told otherwise.
 
     Raises:
@@ -40,7 +42,7 @@ def check(
         RecipeError: there is no such target.
     """
     rules = load_target(target).rules
-    platform = Platform(trt_version, compute_capability) if any(rule.versions for rule in rules) else Platform()
+    platform = Platform(trt_version, compute_capability) if any(rule.versions for rule in rules) else Platform(cpu=cpu)
     proto = open_model(Path(model))
     verdict, hint = None, ""
     if with_judge and target in JUDGED and trt_version != UNJUDGED_VERSION:

@@ -53,7 +53,7 @@ DIAGNOSE_NAMES += ("augment", "preprocess", "exclude", "seed", "threads")
 COMPILE_ONLY = ("inspect", "check", "output", "explain", "passes", "dump_after", "min_sqnr", "min_agreement", "no_output_on_failure")
 
 # Those that are fields of a target.
-TARGET_OPTIONS = {"trt_version": "version", "float_type": "float_type", "compute_capability": "compute_capability"}
+TARGET_OPTIONS = {"trt_version": "version", "float_type": "float_type", "compute_capability": "compute_capability", "cpu": "cpu"}
 
 
 class _Command(click.Command):
@@ -291,6 +291,7 @@ def _check(given: dict[str, Any]) -> int:
         given["target"],
         trt_version=given["trt_version"] or "10",
         compute_capability=given["compute_capability"],
+        cpu=given["cpu"] or "any",
         with_judge=not given["no_judge"],
     )
     click.echo(FORMATS[given["format"]](report, bool(given["verbose"])), nl=False)

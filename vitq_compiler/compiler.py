@@ -13,6 +13,7 @@ import onnx
 
 from vitq_compiler import runtime
 from vitq_compiler.catalog import load_target, pipeline_for
+from vitq_compiler.cpu import integer_unit
 from vitq_compiler.data import Data
 from vitq_compiler.errors import ModelError, RecipeError
 from vitq_compiler.graph import LARGE_MODEL, Graph
@@ -25,7 +26,7 @@ from vitq_compiler.provenance import Provenance
 from vitq_compiler.recipe import load_recipe
 from vitq_compiler.report import CompileReport, DataRow, GateRow, NoteRow, PassRow, Validation
 from vitq_compiler.verdict import linear_rows, validate
-from vitq_compiler.verify import Dump, Parity, Structure, Thrift
+from vitq_compiler.verify import Dump, PairLimits, Parity, Structure, Thrift
 
 PROBE_SAMPLES = 2
 
@@ -129,12 +130,14 @@ def compile(
     dump = Dump(dump_after, lambda name, proto: write_model(proto, dumps[name]))
     provenance = Provenance()
     try:
-        results = pipeline.run(c, (parity, Structure(), dump, provenance, *([Thrift()] if large else [])))
+        results = pipeline.run(c, (parity, Structure(), PairLimits(), dump, provenance, *([Thrift()] if large else [])))
     except ModelError as error:
         raise ModelError(f"model {model}: {error}") from error  # a pass knows the graph, not the file
     parity.check()
 
     integer = c.graph.to_proto()
+    if chosen.runs_here:
+        integer.metadata_props.add(key="cpu", value=chosen.platform.cpu)
     if half:
         floating = _restore(model, integer, boundary, half, floating, c)
     verdict, kernel_of = validate(floating, file_bytes(model), integer, c, parity)
@@ -160,6 +163,8 @@ def compile(
         gates=gates,
         warnings=(*data.warnings, *c.warnings),
         nodes=provenance.rows(c),
+        cpu=chosen.platform.cpu if chosen.runs_here else "",
+        integer_unit=integer_unit(),
         command=chosen.command(written, graph.inputs) if written else "",
         attention=tuple(c.prices),
         training=tuple(c.training),

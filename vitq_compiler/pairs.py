@@ -123,6 +123,12 @@ def partners(codes: Array) -> Array:
     return _paired(codes, 1)[:, ::-1].reshape(-1, codes.shape[1])[: len(codes)]
 
 
+def pair_sums(codes: Array) -> tuple[NDArray[np.int32], NDArray[np.int32]]:
+    """Sum of the negative and of the positive codes of each pair of neighbours in a weight [inputs, outputs]: [pairs, outputs] each."""
+    pairs = _paired(codes.astype(np.int32), 1)
+    return np.minimum(pairs, 0).sum(1, dtype=np.int32), np.maximum(pairs, 0).sum(1, dtype=np.int32)
+
+
 def saturating_product(activation: NDArray[np.uint8], weight: NDArray[np.int8]) -> NDArray[np.int32]:
     """What the kernel computes: [rows, inputs] by [inputs, outputs], with each pair of products cut off at the ends of int16."""
     a = _paired(np.ascontiguousarray(activation.T).astype(np.int32), 1)

@@ -189,9 +189,9 @@ def from_range(low: Float, high: Float, spec: QuantSpec, axis: int | None = None
         scale = (high - low) / codes
         with np.errstate(divide="ignore", invalid="ignore"):
             zero_point = np.where(scale > 0, np.clip(np.rint(spec.quant_min - low / scale), spec.quant_min, spec.quant_max), spec.quant_min)
-    scale, zero_point = np.maximum(scale, smallest).astype(np.float32), zero_point.astype(np.int32)
+    numbers = np.maximum(scale, smallest).astype(np.float32), zero_point.astype(np.int32)
     pairs = Pairs(spec.pair_limit) if spec.pair_limit else None
-    return QuantParams(scale, zero_point, axis, spec.quant_min, spec.quant_max, pairs=pairs)
+    return QuantParams(*numbers, axis, spec.quant_min, spec.quant_max, pairs=pairs)
 
 
 def anchor(params: QuantParams) -> QuantParams:

@@ -93,12 +93,14 @@ class OutputRow:
         sqnr_db: 10 log10(sum y^2 / sum (y - y_int)^2); infinite where equal, NaN where the output is no float.
         cosine: cosine similarity of the flattened outputs, NaN likewise.
         agreement: part of samples with the same top-1, or None where the output does not look like logits or class ids.
+        saturated_db: the SQNR on x86 CPUs without VNNI, where that differs; None where products of codes cannot saturate.
     """
 
     name: str
     sqnr_db: float
     cosine: float
     agreement: float | None
+    saturated_db: float | None = None
 
 
 @dataclass(frozen=True)
@@ -198,6 +200,8 @@ class CompileReport:
     Attributes:
         bits: of weights and activations, such as ``w4a8``.
         definition: which ends of the network got them, ``strict`` or ``deploy``; empty where the recipe says it itself.
+        cpu: which CPUs the graph gives these results on, ``any`` or ``vnni``; empty where the target is none.
+        integer_unit: the integer instructions of the CPU that measured, see `cpu.integer_unit`.
         command: what takes the output further, where its target needs that.
         attention: the price of each choice for the attention products, where the target has several.
     """
@@ -219,6 +223,8 @@ class CompileReport:
     gates: tuple[GateRow, ...]
     warnings: tuple[str, ...]
     nodes: tuple[NodeRow, ...] = ()
+    cpu: str = ""
+    integer_unit: str = ""
     command: str = ""
     attention: tuple[AttentionRow, ...] = ()
     training: tuple[TrainingRow, ...] = ()

@@ -13,6 +13,7 @@ import numpy as np
 import onnx
 import onnxruntime as ort
 
+from vitq_compiler.cpu import saturates_here
 from vitq_compiler.errors import TargetError
 from vitq_compiler.graph import LARGE_MODEL, Array, Graph, InputSpec, proto_bytes
 from vitq_compiler.quant import E4M3
@@ -33,6 +34,7 @@ def session(
     threads: int = 0,
     brief: bool = False,
     takes_turns: bool = False,
+    as_deployed: bool = False,
     optimized_path: Path | None = None,
     providers: Sequence[str] = CPU,
 ) -> ort.InferenceSession:
@@ -43,6 +45,8 @@ def session(
         threads: intra-op threads; 0 lets the runtime choose.
         brief: for one or two runs: skip what takes longer to prepare than it saves.
         takes_turns: with other work on the same cores: threads sleep between runs instead of waiting awake.
+        as_deployed: with the kernels that a user of the graph gets on this CPU. Else products of codes are exact also where these
+            kernels saturate, so that a compile gives the same on every CPU but for float rounding.
         optimized_path: also write the optimized graph here.
         providers: execution providers of the runtime, see `providers_of`.
 
@@ -55,6 +59,8 @@ def session(
     if brief:
         options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_ENABLE_BASIC
         options.add_session_config_entry("session.disable_prepacking", "1")
+    if not as_deployed and saturates_here():
+        options.add_session_config_entry("session.x64quantprecision", "1")
     if takes_turns:
         options.add_session_config_entry("session.intra_op.allow_spinning", "0")
     if optimized_path is not None:

@@ -32,6 +32,7 @@ class Target(ABC):
         runs_here: whether onnxruntime on this machine is what the graph is for; only then do its kernels and timings count.
         attention_choices: those of `recipe.ATTENTION` between which the user has to weigh speed and accuracy; the report prices each.
         packing: pass that stores weights of few bits in a type of their own; empty where the target runs no such weights.
+        may_saturate: whether products of codes may saturate on CPUs that the graph is not meant for.
         replaces: pass of a recipe -> the passes that take its place (or none), where another way suits the target better.
     """
 
@@ -46,6 +47,7 @@ class Target(ABC):
     runs_here: ClassVar[bool] = True
     attention_choices: ClassVar[tuple[str, ...]] = ()
     packing: ClassVar[str] = ""
+    may_saturate: bool = False
     replaces: ClassVar[Mapping[str, str]] = {}
 
     def fit(self, spec: QuantSpec) -> QuantSpec:

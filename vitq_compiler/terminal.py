@@ -210,6 +210,14 @@ def _log_progress(console: Console) -> Progress:
     return progress
 
 
+def _cpus(report: CompileReport) -> str:
+    """Which CPUs the figures hold for, and what the one has that they were measured on."""
+    if not report.cpu:
+        return ""
+    right = "the same results on all" if report.cpu == "any" else "made for x86 with VNNI and ARM with dot product"
+    return f"{right}; measured on {report.integer_unit}"
+
+
 def _recipe(report: CompileReport) -> str:
     """Name, bits where the name is not just them, and definition."""
     bits = "" if report.bits == report.recipe else f" at {report.bits}"
@@ -229,6 +237,7 @@ def _show_summary(report: CompileReport, console: Console, verbosity: int) -> No
         "Calibration": f"{data.source}; validated on {data.validation_samples} others" if data.validation_samples else data.source,
         "Skipped": _names(skipped, verbosity) if skipped else "",
         "Preprocessing": data.preprocess,
+        "CPUs": _cpus(report),
         "Training": _training(report.training),
         "Recipe": f"{_recipe(report)} for {report.target}, compiled in {report.seconds:.1f} s",
     }
@@ -239,11 +248,18 @@ def _show_summary(report: CompileReport, console: Console, verbosity: int) -> No
         if text:
             facts.add_row(_text(name), _text(text))
     _put(console, facts)
+    saturating = any(o.saturated_db is not None for o in checked.outputs)
     _table(
         console,
-        ("Output", "SQNR", "cosine", "agreement"),
+        ("Output", "SQNR", "cosine", "agreement", *(("SQNR without VNNI",) if saturating else ())),
         [
-            (o.name, _decibels(o.sqnr_db), _number(o.cosine, 6), "-" if o.agreement is None else _percent(o.agreement))
+            (
+                o.name,
+                _decibels(o.sqnr_db),
+                _number(o.cosine, 6),
+                "-" if o.agreement is None else _percent(o.agreement),
+                *((_decibels(o.saturated_db),) if o.saturated_db is not None else ()),
+            )
             for o in checked.outputs
         ],
     )

@@ -5,13 +5,14 @@ from __future__ import annotations
 import os
 import tempfile
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from itertools import tee
 from pathlib import Path
 
 import onnx
 import onnxruntime as ort
 
-from vitq_compiler import runtime, validation
+from vitq_compiler import runtime, saturation, validation
 from vitq_compiler.graph import LARGE_MODEL, Array, Graph, proto_bytes
 from vitq_compiler.pipeline import Compilation
 from vitq_compiler.quant import Edge
@@ -47,10 +48,25 @@ def validate(
     settings = sorted({every, 1}, reverse=True) if c.target.runs_here else [every]
     measure = _measure_in_turn if float_bytes > LARGE_MODEL else _measure_side_by_side
     outputs, latency, kernel_of = measure(floating, integer, c, unseen, count, one, settings)
+    if c.target.may_saturate and saturation.saturates(c.graph):
+        outputs = _on_both_kinds_of_cpu(floating, c, unseen, count)
     if not c.target.runs_here:
         kernel_of = c.target.kernels(c.graph)
     c.progress("timing", 2, 2)
     return Validation(f"onnxruntime {ort.__version__}", outputs, blocks, latency, float_bytes, proto_bytes(integer)), kernel_of
+
+
+def _on_both_kinds_of_cpu(floating: Path | Graph, c: Compilation, unseen: Batches, count: int) -> tuple[OutputRow, ...]:
+    """The accuracy where products of codes are exact, with the SQNR where they saturate beside it."""
+
+    def compare(graph: Graph) -> tuple[OutputRow, ...]:
+        a, b = tee(unseen())
+        sessions = runtime.session(floating, threads=c.threads), runtime.session(graph, threads=c.threads)
+        both = validation.outputs(sessions[0], a, count), validation.outputs(sessions[1], b, count)
+        return validation.compare_outputs(c.graph.output_names, *both, c.annotations.class_outputs)
+
+    exact, cut_off = compare(c.graph), compare(saturation.saturated(c.graph))
+    return tuple(replace(row, saturated_db=other.sqnr_db) for row, other in zip(exact, cut_off, strict=True))
 
 
 def _measure_side_by_side(
@@ -64,7 +80,10 @@ def _measure_side_by_side(
     for index, threads in enumerate(settings):
         with tempfile.TemporaryDirectory() as folder:
             path = Path(folder) / "optimized.onnx"
-            pair = runtime.session(floating, threads=threads), runtime.session(runnable, threads=threads, optimized_path=path)
+            pair = (
+                runtime.session(floating, threads=threads, as_deployed=True),
+                runtime.session(runnable, threads=threads, as_deployed=True, optimized_path=path),
+            )
             if index == 0:
                 kernel_of = validation.kernels(onnx.load(path, load_external_data=False))
                 a, b = tee(unseen())
@@ -88,7 +107,7 @@ def _measure_in_turn(
     milliseconds: list[list[float]] = []
     kernel_of: dict[str, str] = {}
     for index, threads in enumerate(settings):
-        session = runtime.session(floating, threads=threads)
+        session = runtime.session(floating, threads=threads, as_deployed=True)
         if index == 0:
             references = list(validation.outputs(session, unseen(), count))
         milliseconds.append([validation.time_alone(session, one)] if c.target.runs_here else [])
@@ -97,7 +116,7 @@ def _measure_in_turn(
     for index, threads in enumerate(settings):
         with tempfile.TemporaryDirectory() as folder:
             path = Path(folder) / "optimized.onnx"
-            session = runtime.session(c.runnable or c.graph, threads=threads, optimized_path=path)
+            session = runtime.session(c.runnable or c.graph, threads=threads, as_deployed=True, optimized_path=path)
             if index == 0:
                 kernel_of = validation.kernels(onnx.load(path, load_external_data=False))
                 if c.providers != runtime.CPU:

@@ -9,6 +9,8 @@ import onnx
 
 from vitq_compiler.errors import InvariantError, TargetError
 from vitq_compiler.graph import Array, Graph, proto_bytes
+from vitq_compiler.lint.model import Model
+from vitq_compiler.lint.products import products
 from vitq_compiler.metrics import max_relative_error
 from vitq_compiler.pipeline import Compilation, Fact, Pass, PassResult
 from vitq_compiler.quant import Edge
@@ -117,6 +119,41 @@ class Structure:
                 onnx.checker.check_model(model)
         except onnx.checker.ValidationError as error:
             raise InvariantError(f"pass {p.name} left a graph that is not valid ONNX: {first_line(error)}") from error
+
+
+@dataclass
+class PairLimits:
+    """Holds what passes make of weights to their pair limits, from codes in the tables to products in the lowered graph; see `pairs`."""
+
+    _seen: dict[Edge, Array] = field(default_factory=dict)
+
+    def before(self, p: Pass, c: Compilation) -> None:
+        """Nothing to do."""
+
+    def after(self, p: Pass, c: Compilation, result: PassResult) -> None:
+        """Check what is new.
+
+        Raises:
+            InvariantError: a pass has put codes beside each other whose products can saturate.
+        """
+        for edge, spec in c.specs.items():
+            if not spec.pair_limit or edge not in c.params:
+                continue
+            pairs, codes = c.params[edge].pairs, c.rounding.get(edge)
+            if pairs is None or pairs.limit > spec.pair_limit:
+                raise self._broken(p, edge.node, "its quantizer has lost the limit of its specification")
+            if codes is not None and self._seen.get(edge) is not codes:
+                self._seen[edge] = codes
+                if count := pairs.violations(codes):
+                    raise self._broken(p, edge.node, f"{count} pairs of codes sum to more than {pairs.limit}")
+        if c.codes and p.edits and c.target.runs_here and not c.target.may_saturate:
+            proto, weights = c.graph.without_weights()
+            for product in products(Model(proto, weights=weights)):
+                if count := product.overflowing[0].size:
+                    raise self._broken(p, product.node.label, f"{count} pairs of its weights can saturate")
+
+    def _broken(self, p: Pass, where: str, what: str) -> InvariantError:
+        return InvariantError(f"pass {p.name} left {where} wrong on CPUs without VNNI: {what}; leave it out, or compile with --cpu vnni")
 
 
 @dataclass

@@ -21,6 +21,7 @@ LAYERS = (
     ("opening", "passes", "provenance", "sensitivity", "verdict"),
     ("annotations", "catalog", "explain", "plots", "recipe", "repair", "report", "training", "validation", "verify"),
     ("prefix",),
+    ("saturation",),
     ("blocks", "quantizers", "targets"),
     (
         "calibration",
@@ -41,7 +42,7 @@ LAYERS = (
     ("quantizer",),
     ("branches", "builtin_images", "contrib", "model_io", "pattern", "pipeline", "precision", "registry"),
     ("runtime",),
-    ("arrays", "augmentation", "graph", "judge", "metrics", "orthogonal", "outliers", "preprocess", "progress", "quant"),
+    ("arrays", "augmentation", "cpu", "graph", "judge", "metrics", "orthogonal", "outliers", "preprocess", "progress", "quant"),
     ("errors", "pairs", "recipes", "text"),
 )
 HEIGHT = {module: len(LAYERS) - row for row, layer in enumerate(LAYERS) for module in layer}

@@ -64,6 +64,11 @@ class Onnxruntime(Target):
         """What the rules are held for."""
         return Platform(cpu=self.cpu)
 
+    @property
+    def may_saturate(self) -> bool:  # type: ignore[override]  # depends on the kind of CPU
+        """Whether pairs of weights are free to leave 16 bits."""
+        return self.cpu == "vnni"
+
     def fit_weight(self, weight: QuantSpec, activation: QuantSpec) -> QuantSpec:
         """Where two products could leave int16, a limit on neighbouring codes; these are symmetric then, as zero must be near code 0."""
         if self.cpu != "any" or weight.format != "int" or not weight.signed or activation.quantizer != "affine":

@@ -10,10 +10,12 @@ operations the same takes six times as long: memory, not arithmetic, is what tra
 
 from __future__ import annotations
 
+import math
 from functools import cache
 from types import SimpleNamespace
 from typing import Any
 
+from vitq_compiler.pairs import Pairs
 from vitq_compiler.torch_graph import Tensor, require_torch
 
 
@@ -30,6 +32,25 @@ def fake_quantize(x: Tensor, scale: Tensor, zero_point: Tensor, first: int, last
 def dequantize(codes: Tensor, scale: Tensor, zero_point: Tensor, first: int, last: int) -> Tensor:
     """What codes are worth; ``scale`` and ``zero_point`` broadcast to their shape, the latter is not trained."""
     return _functions().dequantize(codes, scale, zero_point, first, last)
+
+
+def held(codes: Tensor, first: int, last: int, pairs: Pairs) -> Tensor:
+    """``codes`` of a weight clipped, and pairs of them beyond the limit moved onto it, both by the same; the gradient of the identity.
+
+    Codes that are no whole numbers (`rounding_styles.Adaround` on its way) stay such.
+    """
+    torch = require_torch("training")
+    with torch.no_grad():
+        order = [*pairs.walk, *(axis for axis in range(codes.ndim) if axis not in pairs.walk)]
+        moved = codes.clamp(first, last).permute(order)
+        rows = moved.reshape(-1, codes.numel() // math.prod(moved.shape[: len(pairs.walk)]))
+        even = torch.nn.functional.pad(rows, (0, 0, 0, len(rows) % 2)).reshape(-1, 2, rows.shape[1])
+        total = even.sum(1)
+        excess = (total.abs() - pairs.limit).clamp(min=0).ceil()
+        parts = torch.stack([(excess / 2).ceil(), (excess / 2).floor()], 1) * total.sign()[:, None]
+        wanted = (even - parts).reshape(-1, rows.shape[1])[: len(rows)].reshape(moved.shape)
+        change = wanted.permute([order.index(axis) for axis in range(codes.ndim)]) - codes.clamp(first, last)
+    return codes.clamp(first, last) + change if bool(change.any()) else codes
 
 
 @cache

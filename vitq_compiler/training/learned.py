@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 
 from vitq_compiler.quant import Edge, QuantParams, quantize
 from vitq_compiler.torch_graph import Taps, Tensor, require_torch
-from vitq_compiler.training.fake_quantize import dequantize, fake_quantize, nearest
+from vitq_compiler.training.fake_quantize import dequantize, fake_quantize, held, nearest
 from vitq_compiler.training.rounding_styles import STYLES, RoundingStyle
 
 Function = Callable[[Tensor], Tensor]
@@ -96,20 +96,26 @@ class Weight:
         self.scale = _trained(np.log(scale), device)
         self._zero_point = _tensor(zero_point, device)
 
+    def _held(self, codes: Tensor) -> Tensor:
+        """Codes within the pair limit, if there is one: what is too much is taken from both, and their gradients stay."""
+        pairs = self._params.pairs
+        return codes if pairs is None else held(codes, self._params.quant_min, self._params.quant_max, pairs)
+
     def soft(self, _: Tensor) -> Tensor:
         """The weight to train with, in place of any tensor."""
-        return self._value(self.style.soft())
+        return self._value(self._held(self.style.soft()))
 
     def hard(self, _: Tensor) -> Tensor:
         """The weight that is deployed, in place of any tensor."""
-        return self._value(self.style.hard())
+        return self._value(self._held(self.style.hard()))
 
     def _value(self, codes: Tensor) -> Tensor:
         return dequantize(codes, self.scale.exp(), self._zero_point, self._params.quant_min, self._params.quant_max)
 
     def codes(self) -> NDArray[Any]:
         """The codes as they are now."""
-        return np.clip(_array(self.style.hard()), self._params.quant_min, self._params.quant_max).astype(self._params.dtype)
+        codes = np.clip(_array(self._held(self.style.hard())), self._params.quant_min, self._params.quant_max)
+        return np.asarray(codes.astype(self._params.dtype))
 
     def params(self) -> QuantParams:
         """What they mean."""
