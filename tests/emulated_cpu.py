@@ -119,5 +119,6 @@ def _interpreter(cpu: Cpu) -> tuple[list[str], dict[str, str]]:
     if (folder := os.environ.get("VITQ_AARCH64")) is None:
         pytest.skip("no Python for aarch64: set VITQ_AARCH64 to its folder")
     root = Path(folder)
-    python = min(root.glob("usr/bin/python3*"))
+    python = next(root.glob("usr/bin/python3*"), None)
+    assert python is not None, f"VITQ_AARCH64: no usr/bin/python3 in {root}"
     return [emulator, "-cpu", cpu.model, "-L", str(root), str(python)], {"PYTHONHOME": str(root / "usr"), "PYTHONPATH": str(root / "site")}
