@@ -1,17 +1,19 @@
 """The checks between passes catch what they are there for, and name the culprit."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
+import numpy as np
 import pytest
 
-from tests.builders import compilation, feed_of, run_model, vit
+from tests.builders import compilation, feed_of, find_pass, run_model, vit
 from vitq_compiler.errors import InvariantError, PassError
 from vitq_compiler.graph import value
 from vitq_compiler.passes.annotate import Annotate
 from vitq_compiler.passes.canonicalize import Canonicalize
 from vitq_compiler.passes.recover_gelu import RecoverGelu
 from vitq_compiler.pipeline import Compilation, Fact, Pass, Pipeline
-from vitq_compiler.verify import Parity, Structure
+from vitq_compiler.targets.onnxruntime import Onnxruntime
+from vitq_compiler.verify import PairLimits, Parity, Structure
 
 
 @dataclass(frozen=True)
@@ -107,3 +109,58 @@ def test_an_unexpected_error_names_the_pass_and_what_ran_before() -> None:
     with pytest.raises(PassError, match=r"pass broken failed after \[canonicalize\]: ZeroDivisionError: by zero") as caught:
         Pipeline((Canonicalize(), Broken())).run(compilation(vit()))
     assert caught.value.ran_before == ("canonicalize",)
+
+
+def lowered_with(text: str, passes: dict[str, type[Pass]], target: Onnxruntime | None = None) -> None:
+    """Compile a small model through the pipeline ``text``, with the hook for pair limits."""
+    front = "canonicalize,recover-gelu,separate-linears,annotate,calibrate,compute-qparams"
+    c = compilation(vit(), target=target or Onnxruntime())
+    Pipeline.parse(f"{front},{text}", lambda name: passes.get(name) or find_pass(name)).run(c, (PairLimits(),))
+
+
+@dataclass(frozen=True)
+class LoudCodes(Pass):
+    """codes -> the largest ones"""
+
+    name = "loud-codes"
+    requires = frozenset({Fact.QPARAMS})
+
+    def run(self, c: Compilation) -> int:
+        if not c.codes:
+            edge = next(edge for edge, spec in c.specs.items() if spec.pair_limit)
+            c.rounding[edge] = np.full(c.graph.node(edge.node).inputs[1].shape, 127, np.int8)
+        else:
+            codes = next(t for t in c.graph.constants() if t.name in c.codes.values())
+            codes.values = np.full(codes.shape, 127, np.int8)
+        return 1
+
+
+@dataclass(frozen=True)
+class ForgetLimits(Pass):
+    """QuantParams -> QuantParams without the limit of pairs"""
+
+    name = "forget-limits"
+    requires = frozenset({Fact.QPARAMS})
+
+    def run(self, c: Compilation) -> int:
+        for edge in c.params:
+            c.params[edge] = replace(c.params[edge], pairs=None)
+        return 1
+
+
+MEDDLERS: dict[str, type[Pass]] = {"loud-codes": LoudCodes, "forget-limits": ForgetLimits}
+
+
+@pytest.mark.parametrize("order", ["loud-codes,insert-qdq,legalize", "insert-qdq,loud-codes,legalize", "insert-qdq,legalize,loud-codes"])
+def test_a_pass_that_makes_products_saturate_is_named(order: str) -> None:
+    with pytest.raises(InvariantError, match=r"pass loud-codes left .* wrong on CPUs without VNNI: .* pairs"):
+        lowered_with(order, MEDDLERS)
+
+
+def test_a_pass_that_forgets_the_limit_is_named() -> None:
+    with pytest.raises(InvariantError, match=r"pass forget-limits left .* has lost the limit"):
+        lowered_with("forget-limits,insert-qdq,legalize", MEDDLERS)
+
+
+def test_where_products_are_exact_every_code_goes() -> None:
+    lowered_with("insert-qdq,loud-codes,legalize,loud-codes", MEDDLERS, Onnxruntime("vnni"))

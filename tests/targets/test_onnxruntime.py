@@ -1,5 +1,7 @@
 """The onnxruntime target: form of the lowered graph, its numbers, its rules, and the kernels that really run."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
@@ -21,14 +23,16 @@ from tests.builders import (
 from vitq_compiler import runtime
 from vitq_compiler.annotations import understand
 from vitq_compiler.catalog import pipeline_for
+from vitq_compiler.errors import RecipeError
 from vitq_compiler.graph import Graph, producer, readers, value
-from vitq_compiler.lint.rule import WARNING
+from vitq_compiler.lint.model import Model
+from vitq_compiler.lint.rule import SILENT, WARNING, Finding, Platform, check
 from vitq_compiler.pipeline import Compilation
 from vitq_compiler.quant import Edge, QuantParams, QuantSpec, fake_quantize, from_range
 from vitq_compiler.targets.onnxruntime import Onnxruntime
 from vitq_compiler.validation import kernels
 
-WEIGHT = QuantSpec(signed=True, symmetric=True, granularity="per_channel")
+WEIGHT = Onnxruntime().fit_weight(QuantSpec(signed=True, symmetric=True, granularity="per_channel"), QuantSpec())
 RANDOM = np.random.default_rng(0)
 W, BIAS = RANDOM.normal(size=(8, 6)).astype(np.float32), RANDOM.normal(size=6).astype(np.float32)
 
@@ -122,7 +126,7 @@ def test_one_number_for_all_weights() -> None:
     name = c.annotations.linears[0].name
     c.params = {
         Edge(name, 0): from_range(np.float32(-3), np.float32(3), QuantSpec()),
-        Edge(name, 1): from_range(W.min(), W.max(), QuantSpec(signed=True, symmetric=True)),
+        Edge(name, 1): from_range(W.min(), W.max(), replace(WEIGHT, granularity="per_tensor")),
     }
     changes_of(c, "insert-qdq")
     changes_of(c, "legalize")
@@ -176,21 +180,45 @@ def violating(text: str) -> Graph:
         "wq": np.ones((8, 6), np.int8),
         "ws": np.ones(6, np.float32),
         "wz": np.zeros(6, np.int8),
+        "loud": np.full((8, 6), 100, np.int8),
+        "least": np.where(np.arange(16)[:, None] % 8 == 3, -128, 1).astype(np.int8) * np.ones((1, 6), np.int8),
+        "wu": np.ones((8, 6), np.uint8),
+        "wuz": np.zeros(6, np.uint8),
         "cq": np.ones(6, np.int32),
         "cz": np.zeros(6, np.int32),
         "c": BIAS,
     }
-    return graph_of(f"g (float[B, 8] x) => (float[B, N] y) {{ {text} }}", **held)
+    return graph_of(f"g (float[B, K] x) => (float[B, N] y) {{ {text} }}", **held)
 
 
+INTEGER = QDQ.format(zero="u") + "b = DequantizeLinear <axis = 1> ({weight}, ws, {zero}) y = Gemm(a, b)"
 GOOD = QDQ.format(zero="u") + "d = DequantizeLinear <axis = 0> (cq, ws, cz) " + GEMM.format(activation="a", bias=", d")
-VIOLATIONS = {
+VIOLATIONS: dict[str, tuple[str, str, str]] = {
     "Q without zero point": ("q = QuantizeLinear(x, s) y = DequantizeLinear(q, s, u)", "R01", "QuantizeLinear"),
     "DQ without zero point": ("q = QuantizeLinear(x, s, u) y = DequantizeLinear(q, s)", "R01", "DequantizeLinear"),
     "int8 activation": ("q = QuantizeLinear(x, s, i) y = DequantizeLinear(q, s, i)", "R02", "QuantizeLinear"),
     "float bias": (QDQ.format(zero="u") + GEMM.format(activation="a", bias=", c"), "R03", "Gemm"),
     "float activation": (GEMM.format(activation="x", bias=""), "R04", "Gemm"),
+    "loud weights": (INTEGER.format(weight="loud", zero="wz"), "R05", "Gemm"),
+    "loud weights of an integer operator": (
+        "q = QuantizeLinear(x, s, u) p = MatMulInteger(q, loud, u) y = Cast <to = 1> (p)",
+        "R05",
+        "MatMulInteger",
+    ),
+    "computed codes of both types": (
+        "q = QuantizeLinear(x, s, u) t = Transpose(q) k = Cast <to = 3> (t) p = MatMulInteger(q, k, u) y = Cast <to = 1> (p)",
+        "R05",
+        "MatMulInteger",
+    ),
+    "unsigned weights": (INTEGER.format(weight="wu", zero="wuz"), "R06", "Gemm"),
+    "least codes": (INTEGER.format(weight="least", zero="wz"), "R07", "Gemm"),
 }
+SEVERITIES = {"R05": SILENT, "R07": SILENT}
+
+
+def findings(text: str, cpu: str = "any") -> list[Finding]:
+    """What is found in a text, whatever its severity."""
+    return check(Model(violating(text).to_proto()), Onnxruntime.rules, Platform(cpu=cpu))
 
 
 def test_a_graph_that_keeps_all_rules() -> None:
@@ -204,7 +232,58 @@ def test_a_graph_that_keeps_all_rules() -> None:
 
 @pytest.mark.parametrize(("text", "rule", "op"), VIOLATIONS.values(), ids=VIOLATIONS)
 def test_every_rule_is_found_broken(text: str, rule: str, op: str) -> None:
-    assert [(found.rule.id, found.op, found.severity) for found in Onnxruntime().check(violating(text))] == [(rule, op, WARNING)]
+    assert [(found.rule.id, found.op, found.severity) for found in findings(text)] == [(rule, op, SEVERITIES.get(rule, WARNING))]
+
+
+@pytest.mark.parametrize("name", ["loud weights", "least codes"])
+def test_cpus_that_are_exact_take_all_codes(name: str) -> None:
+    assert findings(VIOLATIONS[name][0], "vnni") == []
+
+
+def test_depthwise_convolutions_and_weights_of_unlike_sign_are_exact() -> None:
+    model = graph_of(
+        "g (uint8[B, 4, 5, 5] x) => (float y, int32 z) { y = QLinearConv <group = 4> (x, s, u, w, s, i, s, u) z = MatMulInteger(x, m, u) }",
+        s=np.float32(0.1),
+        u=np.uint8(3),
+        i=np.int8(0),
+        w=np.full((4, 1, 2, 2), 127, np.int8),
+        m=np.tile(np.int8([[127], [-127]]), (3, 2))[:5],
+    )
+    assert check(Model(model.to_proto()), Onnxruntime.rules, Platform()) == []
+
+
+@pytest.mark.parametrize(("dtype", "first"), [("probabilities", False), ("anything", True)])
+def test_probabilities_sum_to_one(dtype: str, first: bool) -> None:
+    """Two codes of a softmax sum to 256 at most, so that no int8 values saturate."""
+    source = "p = Softmax(x)" if dtype == "probabilities" else "p = Relu(x)"
+    text = f"g (float[B, 8, 8] x, int8[B, 8, 4] v) => (int32 y) {{ {source} q = QuantizeLinear(p, s, z) y = MatMulInteger(q, v, z) }}"
+    model = graph_of(text, s=np.float32(1 / 255), z=np.uint8(0))
+    assert bool(check(Model(model.to_proto()), Onnxruntime.rules, Platform())) == first
+
+
+def test_an_unknown_kind_of_cpu_is_refused() -> None:
+    with pytest.raises(RecipeError, match="known are any, vnni"):
+        Onnxruntime("sse")
+
+
+@pytest.mark.parametrize(
+    ("weight", "activation", "limit"),
+    [
+        (QuantSpec(8, signed=True, symmetric=True), QuantSpec(8), 128),
+        (QuantSpec(8, signed=True), QuantSpec(8), 128),
+        (QuantSpec(8, signed=True, symmetric=True), QuantSpec(8, symmetric=True), 128),
+        (QuantSpec(8, signed=True, symmetric=True), QuantSpec(7), 0),
+        (QuantSpec(7, signed=True, symmetric=True), QuantSpec(8), 0),
+        (QuantSpec(7, signed=True), QuantSpec(8), 0),
+        (QuantSpec(8), QuantSpec(8), 0),
+        (QuantSpec(8, format="e4m3"), QuantSpec(8), 0),
+    ],
+)
+def test_which_weights_get_a_limit(weight: QuantSpec, activation: QuantSpec, limit: int) -> None:
+    fitted = Onnxruntime().fit_weight(weight, activation)
+    assert fitted.pair_limit == limit
+    assert fitted.symmetric or not limit
+    assert Onnxruntime("vnni").fit_weight(weight, activation) == weight
 
 
 def test_every_rule_has_a_violation() -> None:

@@ -1,9 +1,12 @@
 """Quantizers with a gradient of their own give what the chain of operations gives that they stand for."""
 
+import numpy as np
 import pytest
 
+from vitq_compiler.pairs import Pairs
+
 torch = pytest.importorskip("torch")
-from vitq_compiler.training.fake_quantize import dequantize, fake_quantize, nearest  # noqa: E402  # needs torch
+from vitq_compiler.training.fake_quantize import dequantize, fake_quantize, held, nearest  # noqa: E402  # needs torch
 
 pytestmark = pytest.mark.torch
 
@@ -48,3 +51,20 @@ def test_dequantize(shape: tuple[int, ...]) -> None:
         torch.randint(-6, 7, (5, 6)).double() + 0.25,
         torch.rand(shape, dtype=torch.float64) + 0.1,
     )
+
+
+@pytest.mark.parametrize(("shape", "walk"), [((7, 5), (0,)), ((4, 3, 2, 2), (2, 3, 1))])
+def test_held_codes_keep_to_the_limit_and_pass_the_gradient(shape: tuple[int, ...], walk: tuple[int, ...]) -> None:
+    pairs, codes = Pairs(128, walk), (torch.randn(shape, dtype=torch.float64) * 90).round().requires_grad_()
+    within = held(codes, -127, 127, pairs)
+    found = within.detach().numpy().astype(np.int8)
+    assert pairs.violations(codes.detach().clamp(-127, 127).numpy().astype(np.int8)) > 0
+    assert pairs.violations(found) == 0
+    assert np.abs(found).max() <= 127
+    within.sum().backward()
+    assert torch.equal(codes.grad, (codes.detach().abs() <= 127).double())
+
+
+def test_held_takes_from_both_alike() -> None:
+    codes = torch.tensor([[100.0], [90.0], [127.0], [-127.0], [-100.0], [-33.0]])
+    assert held(codes, -127, 127, Pairs(128))[:, 0].tolist() == [69, 59, 127, -127, -97, -31]

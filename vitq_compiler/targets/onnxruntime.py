@@ -30,7 +30,6 @@ if TYPE_CHECKING:
 
 
 CPUS = ("any", "vnni")
-SHIFT = 128  # by which the runtime moves signed activation codes into uint8
 
 
 @dataclass(frozen=True)
@@ -69,11 +68,15 @@ class Onnxruntime(Target):
         """Whether pairs of weights are free to leave 16 bits."""
         return self.cpu == "vnni"
 
+    def fit(self, spec: QuantSpec) -> QuantSpec:
+        """Unsigned codes: the x86 kernels are uint8 by int8, and products of two activations are exact on every CPU as uint8 by uint8."""
+        return replace(super().fit(spec), signed=False)
+
     def fit_weight(self, weight: QuantSpec, activation: QuantSpec) -> QuantSpec:
         """Where two products could leave int16, a limit on neighbouring codes; these are symmetric then, as zero must be near code 0."""
         if self.cpu != "any" or weight.format != "int" or not weight.signed or activation.quantizer != "affine":
             return weight
-        limit = pair_limit(activation.quant_max + (SHIFT if activation.signed else 0))
+        limit = pair_limit(activation.quant_max)
         if 2 * max(-weight.quant_min, weight.quant_max) <= limit:
             return weight
         return replace(weight, symmetric=True, pair_limit=limit)
