@@ -3,6 +3,7 @@
     python -m benchmarks latency        how fast the integer graph is: paired, in one process, against the float graph and
                                         what onnxruntime.quantization makes of it
     python -m benchmarks accuracy       how much of a trained model's accuracy is left, on labelled test images
+    python -m benchmarks cpus           which CPUs an integer graph is right on, beside other tools' graphs, and what that costs
     python -m benchmarks tensorrt       what NVIDIA's compiler makes of graphs for it: fused attention, integer products, kernels
     python -m benchmarks halves         what is lost where a compiler writes integer products as halves, and in which form it is not
     python -m benchmarks compile-time   what a compile costs: seconds, memory, and each pass
@@ -26,12 +27,13 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from benchmarks import accuracy, compile_time, halves, large, latency, lint, parity, repair, rewrites, tensorrt, training, zoo
+from benchmarks import accuracy, compile_time, cpus, halves, large, latency, lint, parity, repair, rewrites, tensorrt, training, zoo
 from benchmarks.tables import Report
 
 COMMANDS = {
     "latency": latency,
     "accuracy": accuracy,
+    "cpus": cpus,
     "tensorrt": tensorrt,
     "halves": halves,
     "compile-time": compile_time,

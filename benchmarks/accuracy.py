@@ -116,7 +116,7 @@ def measure_task(task: Task, options: argparse.Namespace) -> Table:
     with tempfile.TemporaryDirectory() as temporary:
         graphs = make_graphs(task, model, train, options, Path(temporary))
         sizes = {key: path.stat().st_size / 1e6 for key, path in graphs.paths.items()}
-        sessions = {key: runtime.session(path, threads=options.threads) for key, path in graphs.paths.items()}
+        sessions = {key: runtime.session(path, threads=options.threads, as_deployed=True) for key, path in graphs.paths.items()}
     rows = summarize(evaluate(task, sessions, tests, labels, order), graphs, sizes)
     several = options.seeds > 1
     columns = ("graph", "top-1", "spread", "agreement", f"SQNR of {task.compared}, dB", "plain Q/DQ", "file, MB", "compile, s")

@@ -85,7 +85,7 @@ def measure_model(name: str, exporter: str, options: argparse.Namespace) -> Tabl
             graphs |= quantize_all(model, folder, lambda: feeds)
         sizes = {graph: path.stat().st_size / 1e6 for graph, path in graphs.items()}
         inputs = Graph.from_proto(read_model(model)).inputs
-        sessions = {graph: runtime.session(path, threads=options.threads) for graph, path in graphs.items()}
+        sessions = {graph: runtime.session(path, threads=options.threads, as_deployed=True) for graph, path in graphs.items()}
         settle = 0.0 if options.threads == 1 else SETTLE_SECONDS
         rows: list[tuple[Cell, ...]] = []
         for batch in options.batches:

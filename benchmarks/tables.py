@@ -76,11 +76,13 @@ def versions(packages: Iterable[str]) -> dict[str, str]:
 
 
 def cpu_model() -> str:
-    """The processor's name, as far as the system tells."""
+    """The processor's name, as far as the system tells, and its integer instructions."""
+    from vitq_compiler.cpu import integer_unit
+
     listing = Path("/proc/cpuinfo")
     lines = listing.read_text(encoding="utf-8").splitlines() if listing.is_file() else []
     names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return next(iter(names), "") or platform.processor() or platform.machine()
+    return f"{next(iter(names), '') or platform.processor() or platform.machine()} ({integer_unit()})"
 
 
 @dataclass(frozen=True)

@@ -6,30 +6,26 @@ Each case is a small model, its input and what numpy says of it. docs/cpus.md te
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from itertools import product
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
 import pytest
 
-from tests.builders import Array, Feed, model_of
+from tests.builders import Array, Feed, model_of, run_model
+from tests.e2e.command import SHIPPED
 from tests.emulated_cpu import ARM_MAX, CORTEX_A53, CORTEX_A76, HASWELL, NEHALEM, Cpu, run_models
+from vitq_compiler import metrics
+from vitq_compiler.compiler import compile
+from vitq_compiler.graph import Graph
+from vitq_compiler.pairs import saturating_product
+from vitq_compiler.saturation import saturated
 
 Multiply = Callable[[Array, Array], Array]
 
 
 # The kernel in numpy
-
-
-def saturating_product(a: Array, w: Array) -> Array:
-    """``a @ w`` as x86 without VNNI computes it: each two neighbouring products along K are added in int16, which saturates.
-
-    a uint8 [M, K], w int8 [K, N]; int32 [M, N]. An odd K is padded with zero.
-    """
-    odd = a.shape[1] % 2
-    a, w = np.pad(a, ((0, 0), (0, odd))).astype(np.int32), np.pad(w, ((0, odd), (0, 0))).astype(np.int32)
-    products = a[:, :, None] * w
-    pairs = products[:, 0::2] + products[:, 1::2]
-    return pairs.clip(-(2**15), 2**15 - 1).sum(axis=1, dtype=np.int32)
 
 
 def exact_product(a: Array, w: Array) -> Array:
@@ -265,3 +261,41 @@ def test_arm_without_dot_product_is_exact_but_for_the_lowest_code() -> None:
     wrapped = np.array([[-(2**16) if n + 1 == 8 else 0 for n in range(15)]])
     cases.append(matrix_product(np.zeros((1, 16), np.uint8), lowest, wrapped))
     assert wrong(cases, CORTEX_A53) == []
+
+
+# Whole models
+
+
+def shipped(cpu: str, folder: Path, **options: Any) -> onnx.ModelProto:
+    """The shipped model, compiled."""
+    compile(SHIPPED, folder / "int8.onnx", target_options={"cpu": cpu}, samples=8, seed=1, threads=1, **options)
+    return onnx.load(folder / "int8.onnx")
+
+
+def images() -> Feed:
+    return {"pixel_values": np.random.default_rng(0).normal(size=(4, 3, 32, 32)).astype(np.float32)}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "options", [{}, {"attention": "int8"}, {"recipe": "minmax", "bits": "w8a8"}, {"recipe": "best", "bits": "w8a4"}], ids=str
+)
+def test_a_compiled_model_is_exact_without_vnni(options: dict[str, str], tmp_path: Path) -> None:
+    """Products of weights, and with ``attention`` those of two activations."""
+    model, feed = shipped("any", tmp_path, **options), images()
+    (plain,) = run_models([model], [feed])
+    (exact,) = run_models([model], [feed], config={"session.x64quantprecision": "1"})
+    np.testing.assert_array_equal(plain, exact)
+
+
+@pytest.mark.slow
+def test_saturation_is_foretold(tmp_path: Path) -> None:
+    """Free weights saturate on the emulated CPU, and by as much as is worked out for it on this one."""
+    model, feed = shipped("vnni", tmp_path), images()
+    (plain,) = run_models([model], [feed])
+    graph = Graph.from_proto(model)
+    graph.infer_shapes()
+    exact, foretold = run_model(graph, feed, optimize=True)[0], run_model(saturated(graph), feed, optimize=True)[0]
+    assert metrics.sqnr(exact, plain) < 25
+    assert metrics.sqnr(plain, foretold) > metrics.sqnr(exact, plain) + 10
+    assert metrics.sqnr(exact, foretold) == pytest.approx(metrics.sqnr(exact, plain), abs=0.5)

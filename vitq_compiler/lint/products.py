@@ -149,9 +149,16 @@ def _quantized(model: Model, node: Node) -> Array | None:
 
 
 def highest_code(model: Model, codes: Value | None) -> int:
-    """The largest uint8 code that an activation can have: 255, or where a Clip on its codes ends."""
+    """The largest uint8 code that an activation can have: 255, or where a Clip of its codes, or of what becomes codes, ends."""
+    most = int(np.iinfo(np.uint8).max)
     node = behind(codes, is_layout)
     shift = SHIFT if codes is not None and codes.dtype == TensorProto.INT8 else 0
     if node is not None and node.op == "Clip" and (last := model.array(node.input(2))) is not None:
         return int(last) + shift
-    return int(np.iinfo(np.uint8).max)
+    clip = behind(node.input(0), is_layout) if node is not None and is_quantize(node) else None
+    if node is None or clip is None or clip.op != "Clip":
+        return most
+    end, scale, zero_point = model.array(clip.input(2)), model.array(node.input(1)), model.array(node.input(2))
+    if end is None or scale is None or scale.size != 1:
+        return most
+    return min(most, int(np.rint(end / scale).item() + (0 if zero_point is None else int(zero_point)) + shift))
