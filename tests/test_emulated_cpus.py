@@ -272,14 +272,15 @@ def shipped(cpu: str, folder: Path, **options: Any) -> onnx.ModelProto:
     return onnx.load(folder / "int8.onnx")
 
 
+WAYS = [{}, {"attention": "int8"}, {"recipe": "minmax", "bits": "w8a8"}, {"recipe": "best", "bits": "w8a4"}]
+
+
 def images() -> Feed:
     return {"pixel_values": np.random.default_rng(0).normal(size=(4, 3, 32, 32)).astype(np.float32)}
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    "options", [{}, {"attention": "int8"}, {"recipe": "minmax", "bits": "w8a8"}, {"recipe": "best", "bits": "w8a4"}], ids=str
-)
+@pytest.mark.parametrize("options", WAYS, ids=str)
 def test_a_compiled_model_is_exact_without_vnni(options: dict[str, str], tmp_path: Path) -> None:
     """Products of weights, and with ``attention`` those of two activations."""
     model, feed = shipped("any", tmp_path, **options), images()
@@ -296,6 +297,6 @@ def test_saturation_is_foretold(tmp_path: Path) -> None:
     graph = Graph.from_proto(model)
     graph.infer_shapes()
     exact, foretold = run_model(graph, feed, optimize=True)[0], run_model(saturated(graph), feed, optimize=True)[0]
-    assert metrics.sqnr(exact, plain) < 25
+    assert metrics.sqnr(exact, plain) < 35
     assert metrics.sqnr(plain, foretold) > metrics.sqnr(exact, plain) + 10
     assert metrics.sqnr(exact, foretold) == pytest.approx(metrics.sqnr(exact, plain), abs=0.5)
