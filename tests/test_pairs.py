@@ -100,9 +100,8 @@ def test_neighbours_in_a_convolution_lie_in_one_position_first() -> None:
 
 def test_sums_and_partners() -> None:
     codes = np.array([[5, -5], [7, 7], [9, -9]], np.int8)
-    lowest, highest = pair_sums(codes)
-    np.testing.assert_array_equal(lowest, [[0, -5], [0, -9]])
-    np.testing.assert_array_equal(highest, [[12, 7], [9, 0]])
+    np.testing.assert_array_equal(pair_sums(codes), [[12, 2], [9, -9]])
+    np.testing.assert_array_equal(pair_sums(np.array([[127], [127], [-128], [-128]], np.int8)), [[254], [-256]])
     np.testing.assert_array_equal(partners(codes), [[7, 7], [5, -5], [0, 0]])
 
 

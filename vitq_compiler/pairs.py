@@ -65,8 +65,9 @@ class Pairs:
 
     def violations(self, codes: Array) -> int:
         """How many pairs of ``codes`` sum to more than the limit."""
-        rows = _paired(np.moveaxis(codes.astype(np.int16), self.walk, range(len(self.walk))), len(self.walk))
-        return int(np.count_nonzero(np.abs(rows[:, 0] + rows[:, 1]) > self.limit))
+        rows = np.moveaxis(codes, self.walk, range(len(self.walk)))
+        sums = pair_sums(rows.reshape(int(np.prod(rows.shape[: len(self.walk)])), -1))
+        return int(np.count_nonzero(np.abs(sums) > self.limit))
 
 
 def nearest_first(first: Floats, second: Floats, limit: int, *, stiffness: Floats | float = 1.0, feedback: Floats | float = 0.0) -> Floats:
@@ -123,10 +124,13 @@ def partners(codes: Array) -> Array:
     return _paired(codes, 1)[:, ::-1].reshape(-1, codes.shape[1])[: len(codes)]
 
 
-def pair_sums(codes: Array) -> tuple[NDArray[np.int32], NDArray[np.int32]]:
-    """Sum of the negative and of the positive codes of each pair of neighbours in a weight [inputs, outputs]: [pairs, outputs] each."""
-    pairs = _paired(codes.astype(np.int32), 1)
-    return np.minimum(pairs, 0).sum(1, dtype=np.int32), np.maximum(pairs, 0).sum(1, dtype=np.int32)
+def pair_sums(codes: NDArray[np.int8]) -> NDArray[np.int16]:
+    """The sum of each pair of neighbours in a weight [inputs, outputs]: [pairs, outputs].
+
+    It tells all there is to know: only where both codes have one sign can it exceed 127 in magnitude, and every limit is above that.
+    """
+    pairs = _paired(codes, 1)
+    return np.add(pairs[:, 0], pairs[:, 1], dtype=np.int16)
 
 
 def saturating_product(activation: NDArray[np.uint8], weight: NDArray[np.int8]) -> NDArray[np.int32]:

@@ -52,9 +52,8 @@ class Product:
     @cached_property
     def overflowing(self) -> tuple[Array, Array]:
         """(pair, output) of every pair of weights whose products can leave int16."""
-        lowest, highest = pair_sums(self.weight)
-        beyond = (highest * self.highest > INT16.max) | (lowest * self.highest < INT16.min)
-        pair, output = np.nonzero(beyond)
+        sums = pair_sums(self.weight)
+        pair, output = np.nonzero((sums > INT16.max // self.highest) | (sums < -(-INT16.min // self.highest)))
         return pair, output
 
     @cached_property
@@ -66,8 +65,7 @@ class Product:
     @property
     def worst(self) -> int:
         """The sum of two products that lies furthest from zero."""
-        lowest, highest = pair_sums(self.weight)
-        return int(max(highest.max(initial=0), -lowest.min(initial=0))) * self.highest
+        return int(np.abs(pair_sums(self.weight)).max(initial=0)) * self.highest
 
 
 def products(model: Model) -> Iterator[Product]:
