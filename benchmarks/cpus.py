@@ -54,6 +54,7 @@ def measure(options: argparse.Namespace) -> list[Table]:
 def measure_task(task: Task, options: argparse.Namespace) -> Table:
     """Make every graph, score it on both kinds of CPU, time it."""
     import numpy as np
+    import onnx
 
     from benchmarks.tasks import data_folder, existing, write_calibration
     from vitq_compiler import runtime
@@ -74,7 +75,7 @@ def measure_task(task: Task, options: argparse.Namespace) -> Table:
         scored: dict[tuple[str, bool], Any] = {}
         for name, path in paths.items():
             scored[name, False] = runtime.session(path, threads=options.threads)
-            graph = Graph.from_proto(read_model(path))
+            graph = Graph.from_proto(onnx.load(path))
             graph.infer_shapes()
             if saturates(graph):
                 scored[name, True] = runtime.session(saturated(graph), threads=options.threads)

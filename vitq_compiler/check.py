@@ -5,15 +5,24 @@ from __future__ import annotations
 from importlib.metadata import version
 from pathlib import Path
 
-from vitq_compiler import judge
+import onnx
+
+from vitq_compiler import judge, runtime
 from vitq_compiler.catalog import load_target
-from vitq_compiler.errors import TargetError
+from vitq_compiler.data import open_data
+from vitq_compiler.errors import TargetError, VitqError
+from vitq_compiler.graph import Graph
 from vitq_compiler.lint.model import Model
 from vitq_compiler.lint.report import LintReport
 from vitq_compiler.lint.rule import Fault, Platform, Rule, Severity
 from vitq_compiler.lint.rule import check as find
+from vitq_compiler.metrics import sqnr
 from vitq_compiler.model_io import open_model
+from vitq_compiler.preprocess import resolve
+from vitq_compiler.saturation import saturated
 
+SATURATION = "R05"  # the rule of which the cost can be worked out
+SAMPLES = 8  # on which it is
 JUDGED = ("tensorrt",)  # targets that NVIDIA's compiler can judge
 UNJUDGED_VERSION = "8.6"  # chooses types itself; TensorRT-RTX takes them from the graph
 
@@ -52,7 +61,21 @@ def check(
         except TargetError as error:
             hint = str(error)
     findings = find(Model(proto, folder=Path(model).parent), rules, platform)
-    return LintReport(version("vitq-compiler"), str(model), target, platform, rules, findings, verdict, hint)
+    cost = _saturation_cost(Path(model)) if any(finding.rule.id == SATURATION for finding in findings) else None
+    return LintReport(version("vitq-compiler"), str(model), target, platform, rules, findings, verdict, hint, cost)
+
+
+def _saturation_cost(model: Path) -> float | None:
+    """SQNR in dB of what a CPU without VNNI gives, on built-in samples, the least of all outputs; None where the graph does not run."""
+    try:
+        graph = Graph.from_proto(onnx.load(model))
+        graph.infer_shapes()
+        data = open_data(None, graph.inputs, resolve(None, model), samples=SAMPLES, validation_samples=0)
+        feed = next(data.calibration())
+        exact, cut_off = (runtime.run(runtime.session(g, brief=True), feed) for g in (graph, saturated(graph)))
+    except VitqError:
+        return None
+    return min((sqnr(a, b) for a, b in zip(exact, cut_off, strict=True) if a.dtype.kind == "f"), default=None)
 
 
 def _scaled_in_time(verdict: judge.Verdict) -> Rule:

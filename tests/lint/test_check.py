@@ -47,6 +47,21 @@ def test_what_vitq_compiles_breaks_no_rule(tmp_path: Path) -> None:
     assert check(tmp_path / "vit_int8.onnx").findings == []
 
 
+def test_what_saturation_costs_is_told(tmp_path: Path) -> None:
+    """A graph whose weights are free to saturate: how far its results lie from exact ones, in text and as data."""
+    model = write_vit(tmp_path / "vit.onnx")
+    assert run(model, "--samples", "4", "--threads", "1", "-q", "--cpu", "vnni").exit_code == 0
+    result = run(tmp_path / "vit_int8.onnx", "--check")
+    assert result.exit_code == 3
+    assert "silent R05: no two products saturate" in result.stdout
+    told = check(tmp_path / "vit_int8.onnx")
+    assert told.saturated_db is not None
+    assert 3 < told.saturated_db < 60
+    assert f"the results lie {told.saturated_db:.1f} dB from those of other CPUs" in result.stdout
+    assert json.loads(told.to_json())["saturated_db"] == told.saturated_db
+    assert run(tmp_path / "vit_int8.onnx", "--check", "--cpu", "vnni").exit_code == 0
+
+
 def test_external_data_is_not_needed_to_be_read(tmp_path: Path) -> None:
     proto = model_of("g (float[2048] x) => (float[2048] y) { y = Add (x, w) }", w=np.zeros(2048, np.float32))
     onnx.save(proto, tmp_path / "m.onnx", save_as_external_data=True, location="m.data")

@@ -30,6 +30,7 @@ class LintReport:
         findings: worst first.
         verdict: of NVIDIA's compiler, where it was asked.
         hint: why it could not be asked.
+        saturated_db: where products of codes can saturate: SQNR, on built-in samples, of the results with saturation for those without.
     """
 
     version: str
@@ -40,6 +41,7 @@ class LintReport:
     findings: Sequence[Finding]
     verdict: Verdict | None = None
     hint: str = ""
+    saturated_db: float | None = None
 
     @property
     def passed(self) -> bool:
@@ -61,6 +63,8 @@ class LintReport:
             lines += [f"  and {len(found) - len(shown)} more; -v shows all"] * (len(found) > len(shown))
             lines += [f"  why: {rule.reason}", f"  do: {rule.remedy}", ""]
         lines += [str(self.verdict)] * (self.verdict is not None) + [f"not judged: {self.hint}"] * bool(self.hint)
+        if self.saturated_db is not None:
+            lines.append(f"on x86 CPUs without VNNI the results lie {self.saturated_db:.1f} dB from those of other CPUs (built-in samples)")
         checked = _count(sum(rule.applies(self.platform) for rule in self.rules), "rule")
         counts = ", ".join(_count(self.count(severity), severity.value) for severity in Severity if self.count(severity))
         lines.append(f"{self.model}: {counts or 'nothing found'}; {checked} of {self._what()} checked")
@@ -92,6 +96,8 @@ class LintReport:
                 for finding in self.findings
             ],
         }
+        if self.saturated_db is not None:
+            content["saturated_db"] = self.saturated_db
         if self.verdict is not None:
             content["compiler"] = self.verdict.as_dict()
         return json.dumps(content, indent=2, ensure_ascii=False) + "\n"
