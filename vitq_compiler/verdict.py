@@ -81,8 +81,8 @@ def _measure_side_by_side(
         with tempfile.TemporaryDirectory() as folder:
             path = Path(folder) / "optimized.onnx"
             pair = (
-                runtime.session(floating, threads=threads, as_deployed=True),
-                runtime.session(runnable, threads=threads, as_deployed=True, optimized_path=path),
+                runtime.session(floating, threads=threads, as_deployed=c.target.runs_here),
+                runtime.session(runnable, threads=threads, as_deployed=c.target.runs_here, optimized_path=path),
             )
             if index == 0:
                 kernel_of = validation.kernels(onnx.load(path, load_external_data=False))
@@ -116,7 +116,7 @@ def _measure_in_turn(
     for index, threads in enumerate(settings):
         with tempfile.TemporaryDirectory() as folder:
             path = Path(folder) / "optimized.onnx"
-            session = runtime.session(c.runnable or c.graph, threads=threads, as_deployed=True, optimized_path=path)
+            session = runtime.session(c.runnable or c.graph, threads=threads, as_deployed=c.target.runs_here, optimized_path=path)
             if index == 0:
                 kernel_of = validation.kernels(onnx.load(path, load_external_data=False))
                 if c.providers != runtime.CPU:
