@@ -93,29 +93,37 @@ def fetch(reference: Reference, *, show_progress: bool = False) -> Fetched:
         stack.enter_context(_explained(reference))
         if not show_progress:
             stack.enter_context(_without_bars())
-        names, found, warnings = _list_files(reference)
-        choice = Choice(reference.file) if reference.file else choose(names, str(replace(reference, file=None)))
-        file = _download(found, choice.name)
+        listing = _list_files(reference)
+        choice = Choice(reference.file) if reference.file else choose(listing.names, str(replace(reference, file=None)))
         # Asked for by its revision, so that the cache knows it offline too; where it lies tells the commit, for all other files.
+        file = _download(reference, choice.name, listing)
         folder = PurePosixPath(choice.name).parent
-        pinned = replace(found, revision=file.parents[len(folder.parts)].name, file=choice.name)
+        pinned = replace(reference, revision=file.parents[len(folder.parts)].name, file=choice.name)
         wanted = [folder / data.relative_to(file.parent).as_posix() for data in model_files(file)[1:] if data.is_relative_to(file.parent)]
         places = (folder, folder.parent) if len(config_folders(file)) > 1 else (folder,)
         wanted += [place / name for place in places for name in CONFIGS]
         for name in dict.fromkeys(map(str, wanted)):
-            if name in names:
-                _download(pinned, name)
-        return Fetched(file, pinned, choice.why, warnings)
+            if name in listing.names:
+                _download(pinned, name, listing)
+        return Fetched(file, pinned, choice.why, listing.warnings)
 
 
-def _list_files(reference: Reference) -> tuple[list[str], Reference, tuple[str, ...]]:
-    """The files of a repository, what to ask for them as, and warnings; where there is no hub, those of a commit in the cache."""
+@dataclass(frozen=True)
+class _Listing:
+    """The files of a repository; ``is_cached`` where the hub was not asked, and they are those in the cache."""
+
+    names: tuple[str, ...]
+    is_cached: bool = False
+    warnings: tuple[str, ...] = ()
+
+
+def _list_files(reference: Reference) -> _Listing:
     from huggingface_hub import HfApi, constants, snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError, RevisionNotFoundError
 
     try:
         info = HfApi().model_info(reference.repository, revision=reference.revision, timeout=_SECONDS)
-        return [file.rfilename for file in info.siblings or ()], reference, ()
+        return _Listing(tuple(file.rfilename for file in info.siblings or ()))
     except (RepositoryNotFoundError, RevisionNotFoundError):
         raise
     except (OSError, *HfHubHTTPError.__bases__) as error:  # which HTTP library is behind it depends on the version
@@ -124,16 +132,17 @@ def _list_files(reference: Reference) -> tuple[list[str], Reference, tuple[str, 
         except LocalEntryNotFoundError:
             raise error from None
         folder = Path(found)
-        names = [path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()]
+        names = tuple(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
         warning = f"{_reason()}: of {reference}, commit {folder.name} of the cache is taken"
-        return names, replace(reference, revision=folder.name), () if constants.HF_HUB_OFFLINE else (warning,)
+        return _Listing(names, True, () if constants.HF_HUB_OFFLINE else (warning,))
 
 
-def _download(reference: Reference, name: str) -> Path:
-    """A file in the cache; what is there is not asked for again, as a commit does not change."""
+def _download(reference: Reference, name: str, listing: _Listing) -> Path:
+    """A file in the cache; one of a commit that is there is not asked for again."""
     from huggingface_hub import hf_hub_download
 
-    return Path(hf_hub_download(reference.repository, name, revision=reference.revision, etag_timeout=_SECONDS))
+    options = {"revision": reference.revision, "etag_timeout": _SECONDS, "local_files_only": listing.is_cached}
+    return Path(hf_hub_download(reference.repository, name, **options))
 
 
 @contextmanager

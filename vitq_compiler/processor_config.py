@@ -78,36 +78,37 @@ def _timm_part(config: Config) -> Config | None:
 
 
 def _from_transformers(config: Config) -> tuple[str, Settings]:
-    # A step that a class does not have is not in its file; only old files leave out rescaling and do it all the same.
-    normalizes = config.get("do_normalize", "image_mean" in config)
+    kind = str(config.get("image_processor_type") or config.get("feature_extractor_type"))
+    # What a file leaves out is as its class has it: almost all normalize, and what normalizes rescales, also in files from before that.
+    normalizes = config.get("do_normalize", "image_mean" in config and not kind.startswith("MobileViT"))
     mean, std = (numbers(config["image_mean"]), numbers(config["image_std"])) if normalizes else ((0.0,), (1.0,))
     rescale = float(config.get("rescale_factor", 1 / 255)) if config.get("do_rescale", normalizes) else 1.0
     resample = config.get("resample", 2)
     crops = config.get("do_center_crop", "crop_size" in config)
     crop = _pair(config.get("crop_size", _DEFAULT_SIZE)) if crops else None
-    # A bare number is the shorter side where a crop follows, and both sides elsewhere; DeiT's squeezes and then crops.
-    kind = str(config.get("image_processor_type") or config.get("feature_extractor_type"))
-    square = not crops or kind.startswith(("ViT", "DeiT", "Beit"))
     size = config.get("size") if config.get("do_resize", True) else None
-    pads = isinstance(size, dict) and bool(config.get("do_pad")) and "longest_edge" in size and "shortest_edge" not in size
-    resize: int | tuple[int, int] | None
-    if isinstance(size, dict):
-        resize = _edge_or_pair(size)
-    else:
-        resize = size if size is None or (isinstance(size, int) and not square) else _pair(size)
+    # A bare number is the shorter side where a crop follows, and both sides elsewhere; DeiT's squeezes and then crops.
+    resize = _resized(size, square=not crops or kind.startswith(("ViT", "DeiT", "Beit")))
+    if kind.startswith("Levit") and isinstance(resize, int):  # its code enlarges what the file says
+        resize = int(256 / 224 * resize)
     if config.get("crop_pct") and isinstance(resize, int):  # ConvNeXT's rule
         crop = _pair(resize)
         resize = int(resize / config["crop_pct"]) if resize < 384 else crop
     settings = _settings(mean, std, rescale, resize, crop, _RESAMPLE.get(resample, str(resample)))
     settings["flip"] = bool(config.get("do_flip_channel_order"))
+    pads = config.get("do_pad") and isinstance(size, dict) and "longest_edge" in size and "shortest_edge" not in size
     return f"transformers{', pictures fill the frame instead of being padded' if pads else ''}", settings
 
 
-def _edge_or_pair(size: Config) -> int | tuple[int, int] | None:
-    """The shorter side, or (height, width); None where the size depends on the number of pixels of each picture.
+def _resized(size: Any, square: bool) -> int | tuple[int, int] | None:
+    """The shorter side, or (height, width), or None, where the size stays or depends on the number of pixels of each picture.
 
     A limit on the longer side alone becomes the shorter side: what would be padded is filled.
     """
+    if size is None or (isinstance(size, int) and not square):
+        return size
+    if not isinstance(size, dict):
+        return _pair(size)
     if size.keys() & {"max_pixels", "min_pixels"}:
         return None
     edges = [int(size[key]) for key in ("shortest_edge", "longest_edge") if size.get(key)]
