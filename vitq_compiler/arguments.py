@@ -175,7 +175,7 @@ OPTIONS = [
         "--preprocess",
         metavar="TEXT",
         help="imagenet, inception, clip, none, or settings such as mean=0.5,std=0.5,resize=256,crop=224.  "
-        "[default: from the config beside the model, else imagenet]",
+        "[default: from the model's config, else imagenet]",
     ),
     Option(DATA, "--seed", type=NATURAL, default=0, **SHOWN, metavar="N", help="Of the choice of samples and of built-in pictures."),
     Option(

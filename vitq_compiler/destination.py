@@ -15,7 +15,7 @@ from pathlib import Path
 
 import onnx
 
-from vitq_compiler.errors import OutputError
+from vitq_compiler.errors import ModelError, OutputError
 from vitq_compiler.graph import PRODUCER
 from vitq_compiler.model_folder import ONNX_FOLDER, compiled_name, configs_of, part_of
 from vitq_compiler.model_io import check_output, write_bytes, write_model
@@ -126,14 +126,19 @@ def place_output(output: Destination | Path | str | None, source: ModelSource) -
     Args:
         output: a file; a folder, which is there or ends in a slash; None for ``MODEL_int8.onnx`` beside the model, and for a model from
             the hub a folder ``NAME_int8`` here; or what this function returned.
+
+    Raises:
+        ModelError: what was found in a folder has the name that its compiled graph would get.
     """
     if isinstance(output, Destination):
         return output
     if output is None and source.origin:
         return _in_folder(source.beside(f"{source.title}_int8"), source)
     if output is None:
-        stem = part_of(source.file.name) if source.in_folder else source.file.stem
-        return Destination(source.beside(f"{stem}_int8.onnx"), is_named=not source.in_folder)
+        file = source.beside(f"{part_of(source.file.name) if source.in_folder else source.file.stem}_int8.onnx")
+        if file == source.file:
+            raise ModelError(f"model {source.name}: already quantized, as its name says; give the float model")
+        return Destination(file, is_named=not source.in_folder)
     if os.fspath(output).endswith(("/", os.sep)) or Path(output).is_dir():
         return _in_folder(Path(output), source)
     return Destination(Path(output))
