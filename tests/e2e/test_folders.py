@@ -12,6 +12,7 @@ import pytest
 
 from tests.e2e.command import FAST, ROOT, contents, run, write_vit
 from tests.hub_server import serving
+from vitq_compiler import compile
 
 STEPS = {"do_normalize": True, "do_rescale": True, "do_resize": True, "image_mean": [0.5], "image_std": [0.25]}
 CONFIGS = {
@@ -58,6 +59,25 @@ def test_a_folder_out(folder: Path) -> None:
     report = json.loads((folder / "report.json").read_text())
     assert (report["output"], report["chosen"]) == ("out/onnx/model_int8.onnx", "")
     assert {path.name for path in folder.iterdir()} == {"repo", "out", "out.after-annotate.onnx", "alone.onnx", "report.json"}
+
+
+def test_from_python(folder: Path) -> None:
+    report = compile("repo", "out/", samples=4, threads=1)
+    assert (report.model, report.output) == ("repo/onnx/model.onnx", "out/onnx/model_int8.onnx")
+    assert (folder / "out" / "config.json").is_file()
+
+
+def test_a_model_of_links_into_a_cache(folder: Path) -> None:
+    """As the hub's library keeps it: everything is a link, external data too."""
+    model = onnx.load("repo/onnx/model.onnx")
+    onnx.save(model, "repo/onnx/model.onnx", save_as_external_data=True, location="model.onnx_data", size_threshold=0)
+    for number, path in enumerate(sorted(Path("repo").rglob("*.*"))):
+        (folder / "blobs").mkdir(exist_ok=True)
+        path.rename(folder / "blobs" / str(number))
+        path.symlink_to(folder / "blobs" / str(number))
+    assert run("repo", *FAST, "-q", "-o", "out/").exit_code == 0
+    assert not any(path.is_symlink() for path in Path("out").rglob("*")), "an output stands on its own"
+    assert run("repo", "--check").exit_code == 0
 
 
 def test_a_missed_gate_writes_no_folder(folder: Path) -> None:
