@@ -73,7 +73,7 @@ def hub(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Hub]:
         others = {"config.json": b"{}", "preprocessor_config.json": b"{}", "model.safetensors": b"?", "onnx/model_fp16.onnx": b"?"}
         hub.add("me/vit", {"onnx/model.onnx": b"an older one"}, "v1", "a/branch")
         hub.add("me/vit", files | others)
-        hub.add("me/pair", {"a.onnx": files["onnx/model.onnx"], "b.onnx": b"?"})
+        hub.add("me/pair", {"a.onnx": files["onnx/model.onnx"], "b.onnx": b"?"}, "x/y")
         hub.add("me/weights", {"model.safetensors": b"?"})
         hub.add("me/gated", files)
         hub.gated.add("me/gated")
@@ -110,7 +110,7 @@ def ask(hub: Hub, cache: Path) -> Iterator[Asked]:
     ],
 )
 def test_references(text: str, expected: Reference) -> None:
-    assert parse(text) == expected
+    assert parse(text) == parse(str(expected)) == expected
     assert parse(str(Path(text))) == expected, "a path keeps one slash of two"
 
 
@@ -168,6 +168,7 @@ def test_a_file(hub: Hub, ask: Asked) -> None:
         ("hf:me/broken", "the hub refuses ("),
         ("hf:me/x--y", "; write hf:owner/name"),
         ("hf:me/pair", "holds several models, a.onnx, b.onnx; give one of them, such as hf:me/pair/a.onnx"),
+        ("hf:me/pair@x%2Fy", "holds several models, a.onnx, b.onnx; give one of them, such as hf:me/pair@x%2Fy/a.onnx"),
         ("hf:me/weights", "no .onnx file in this folder; export the model to ONNX first"),
     ],
 )

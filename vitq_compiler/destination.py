@@ -58,19 +58,24 @@ class Destination:
             OutputError: the file or folder cannot be written; a file that this program has not written would be replaced though it was
                 not named; or a configuration of the same name, but another content, is in the folder.
         """
-        if self.folder is not None and not self.folder.is_dir():
-            check_output(self.folder, model)  # for a folder that does not exist yet the rules are the same
+        if self.folder is None:
+            check_output(self.file, model)
+        elif self.folder.is_dir():
+            self._check_into(self.folder, model)
+        else:
+            check_output(self.folder, model)  # for a folder that is not there the rules are those for a file
             if self.folder.exists():
                 raise OutputError(f"output {self.folder}: is a file; give the name of a folder, or leave out the slash")
-            return
-        if self.folder is None or self.file.parent.is_dir():
-            check_output(self.file, model)
-        elif not os.access(self.folder, os.W_OK):
-            raise OutputError(f"output {self.folder}: not writable; check its permissions")
         if not self.is_named and self.file.exists() and not _is_ours(self.file):
             raise OutputError(f"output {self.file}: is there already, made by another program; name the output file with -o")
+
+    def _check_into(self, folder: Path, model: Path) -> None:
+        if self.file.parent.is_dir():
+            check_output(self.file, model)
+        elif not os.access(folder, os.W_OK):
+            raise OutputError(f"output {folder}: not writable; check its permissions")
         for name, source in self.configs.items():
-            there = (self.folder or self.file.parent) / name
+            there = folder / name
             if there.exists() and there.read_bytes() != source.read_bytes():
                 raise OutputError(f"output {there}: is there already and differs from {source}; remove it, or give another folder")
 
@@ -97,7 +102,9 @@ class Destination:
                 write_model(model, staged / ONNX_FOLDER / self.file.name)
                 staged.rename(folder)
         except OSError as error:
-            raise OutputError(f"output {folder}: cannot be written ({error.strerror or error})") from error
+            raise _unwritten(folder, error) from error
+        except OutputError as error:  # it names the staged file
+            raise _unwritten(folder, error.__cause__ or error) from error
 
     def _write_into(self, folder: Path, model: onnx.ModelProto) -> None:
         """Add what is not there and write the graph last; whatever stops this, what was added is taken away again."""
@@ -116,7 +123,7 @@ class Destination:
                 with suppress(OSError):
                     path.rmdir() if path.is_dir() else path.unlink()
             if isinstance(error, OSError):
-                raise OutputError(f"output {folder}: cannot be written ({error.strerror or error})") from error
+                raise _unwritten(folder, error) from error
             raise
 
 
@@ -146,6 +153,10 @@ def place_output(output: Destination | Path | str | None, source: ModelSource) -
 
 def _in_folder(folder: Path, source: ModelSource) -> Destination:
     return Destination(folder / ONNX_FOLDER / compiled_name(source.file.name), folder, configs_of(source.file), is_named=False)
+
+
+def _unwritten(folder: Path, error: BaseException) -> OutputError:
+    return OutputError(f"output {folder}: cannot be written ({getattr(error, 'strerror', None) or error})")
 
 
 def _is_ours(file: Path) -> bool:

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
-from urllib.parse import unquote
+from urllib.parse import quote, unquote
 
 from vitq_compiler.errors import ModelError
 from vitq_compiler.model_folder import CONFIGS, Choice, choose, config_folders
@@ -39,8 +39,9 @@ class Reference:
     file: str | None = None
 
     def __str__(self) -> str:
-        revision = f"@{self.revision}" if self.revision else ""
-        return f"{PREFIX}{self.repository}{revision}{f'/{self.file}' if self.file else ''}"
+        revision = self.revision or ""
+        revision = revision if revision.startswith("refs/") else quote(revision, safe="")
+        return f"{PREFIX}{self.repository}{f'@{revision}' if revision else ''}{f'/{self.file}' if self.file else ''}"
 
 
 @dataclass(frozen=True)
