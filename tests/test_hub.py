@@ -123,7 +123,8 @@ def test_what_is_no_reference(text: str) -> None:
 def test_without_the_library(monkeypatch: pytest.MonkeyPatch) -> None:
     from vitq_compiler.hub import fetch
 
-    monkeypatch.setitem(sys.modules, "huggingface_hub", None)
+    for name in ("huggingface_hub", "huggingface_hub.errors"):
+        monkeypatch.setitem(sys.modules, name, None)
     with pytest.raises(ModelError, match=r"^model hf:me/vit: needs huggingface_hub .*; pip install 'vitq-compiler\[hub\]'$"):
         fetch(parse("hf:me/vit"))
 

@@ -144,12 +144,12 @@ def compile(
     integer = c.graph.to_proto()
     if chosen.runs_here:
         integer.metadata_props.add(key="cpu", value=chosen.platform.cpu)
+    if source.origin:
+        integer.metadata_props.add(key="source", value=source.origin)
     if half:
         floating = _restore(model, integer, boundary, half, floating, c)
     verdict, kernel_of = validate(floating, file_bytes(model), integer, c, parity)
     gates = _measure_gates(verdict, min_sqnr, min_agreement)
-    if source.origin:
-        integer.metadata_props.add(key="source", value=source.origin)
     written = destination if output_on_failure or all(gate.passed for gate in gates) else None
     if written is not None:
         written.write(narrow(integer, boundary) if half == "bfloat16" else integer)
