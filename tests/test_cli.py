@@ -17,7 +17,9 @@ from click.testing import CliRunner, Result
 from tests.sample_report import MET, MISSED, sample_report
 from vitq_compiler import catalog, compiler, registry
 from vitq_compiler.cli import PROGRAM, main
+from vitq_compiler.destination import Destination
 from vitq_compiler.errors import ModelError, PassError, RecipeError
+from vitq_compiler.model_source import ModelSource
 from vitq_compiler.report import CompileReport
 
 DEFAULTS = {
@@ -56,10 +58,10 @@ class Compile:
         self.model, self.output = Path(), Path()
         self.given: dict[str, Any] = {}
 
-    def __call__(self, model: Path, output: Path, **given: Any) -> CompileReport:
+    def __call__(self, model: ModelSource, output: Destination, **given: Any) -> CompileReport:
         given.pop("progress")("calibrating", 1, 1)
-        self.model, self.output, self.given = model, output, given
-        self.before(output)
+        self.model, self.output, self.given = model.file, output.file, given
+        self.before(output.file)
         if isinstance(self.result, BaseException):
             raise self.result
         return self.result
@@ -190,7 +192,7 @@ def test_gates(compile_: Compile) -> None:
 @pytest.mark.parametrize(
     ("words", "fault"),
     [
-        ("", "MODEL.onnx is missing"),
+        ("", "MODEL is missing"),
         ("vit.onnx --target onnxruntim", "did you mean onnxruntime? --list-targets"),
         ("vit.onnx --dump-after canonicalise", "did you mean canonicalize? --list-passes"),
         ("vit.onnx --exclude (", "not a regular expression"),
@@ -298,4 +300,4 @@ def test_help_imports_nothing_heavy() -> None:
 def test_as_a_module() -> None:
     done = subprocess.run([sys.executable, "-m", "vitq_compiler"], capture_output=True, text=True, check=False)
     assert (done.returncode, done.stdout) == (2, "")
-    assert done.stderr == f"{PROGRAM}: error: MODEL.onnx is missing; see {PROGRAM} --help\n"
+    assert done.stderr == f"{PROGRAM}: error: MODEL is missing; see {PROGRAM} --help\n"

@@ -161,7 +161,7 @@ def test_the_command_prints_and_reports(tmp_path: Path) -> None:
         ("vit.onnx --diagnose -o x.onnx", "leave out --output"),
         ("vit.onnx --diagnose --passes annotate", "leave out --passes"),
         ("vit.onnx --diagnose --min-sqnr 0", "leave out --min-sqnr"),
-        ("--diagnose", "MODEL.onnx is missing"),
+        ("--diagnose", "MODEL is missing"),
         ("none.onnx --diagnose", "none.onnx"),
         ("none.onnx --diagnose --report none/r.json", "does not exist"),
     ],

@@ -14,6 +14,7 @@ from onnx import helper, numpy_helper, parser
 from tests.builders import DIALECTS, Sizes, difference, feed_of, model_of, run_model, variant, vit, with_text
 from vitq_compiler import model_io
 from vitq_compiler.errors import ModelError, OutputError, VitqError
+from vitq_compiler.graph import Graph
 from vitq_compiler.model_io import check_output, convert_opset, file_bytes, opset_of, read_model, write_model, write_text
 
 TINY = "g (float[B, 4] x) => (float[B, 4] y) { y = MatMul(x, w) }"
@@ -131,6 +132,32 @@ def test_external_data_at_no_number(tmp_path: Path) -> None:
     large = max(model.graph.initializer, key=lambda t: int(np.prod(t.dims)))
     next(entry for entry in large.external_data if entry.key == "offset").value = "here"
     onnx.save(model, path)
+    refused(path, "cannot read its external data")
+
+
+def cached(folder: Path, contents: Path) -> Path:
+    """A model with external data as a download cache keeps it: links in ``folder`` into ``contents``; returns the link to the model."""
+    folder.mkdir()
+    contents.mkdir(exist_ok=True)
+    model = contents / "model.onnx"
+    save_external(vit(), model)
+    for path, name in ((model, "c0ffee"), (contents / "weights.bin", "beef")):
+        path.rename(contents / name)
+        (folder / path.name).symlink_to(Path("..") / contents.name / name)
+    return folder / "model.onnx"
+
+
+def test_external_data_in_a_download_cache(tmp_path: Path) -> None:
+    path = cached(tmp_path / "snapshot", tmp_path / "blobs")
+    assert Graph.from_proto(read_model(path)).to_proto() == Graph.from_proto(vit()).to_proto()
+
+
+def test_external_data_that_is_a_link_to_elsewhere(tmp_path: Path) -> None:
+    path = cached(tmp_path / "snapshot", tmp_path / "blobs")
+    data = path.with_name("weights.bin")
+    data.resolve().rename(tmp_path / "secret")
+    data.unlink()
+    data.symlink_to("../secret")
     refused(path, "cannot read its external data")
 
 

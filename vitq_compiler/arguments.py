@@ -20,14 +20,15 @@ from vitq_compiler import registry
 
 HELP = """Compile a vision transformer exported to ONNX into an int8 graph.
 
-MODEL is an ONNX file in float32, float16 or bfloat16; it is never changed. Its Linear layers and patch embedding become
-integer, and what came out is measured against the float model on pictures that calibration did not see: accuracy, latency,
-and how many layers the runtime really computes on integers.
+MODEL is an ONNX file in float32, float16 or bfloat16, a folder that holds one, or hf:owner/name[@revision] on the Hugging Face
+hub; it is never changed. Its Linear layers and patch embedding become integer, and what came out is measured against the float
+model on pictures that calibration did not see: accuracy, latency, and how many layers the runtime really computes on integers.
 """
 EPILOG = """\b
 Examples:
   vitq-compile vit.onnx                                  writes vit_int8.onnx; built-in pictures calibrate
   vitq-compile vit.onnx -o small.onnx --calibration photos/ --samples 128
+  vitq-compile hf:owner/name -o name_int8/               from the hub; a folder with configs, as transformers.js loads it
   vitq-compile vit.onnx --exclude 'mlp/fc2' --min-sqnr 25 --report vit.json
   vitq-compile vit.onnx --explain 'attention 7'          why is this block what it is?
   vitq-compile --diagnose --sensitivity vit.onnx         where does the error come from, and what helps?
@@ -127,9 +128,16 @@ COMMON_BITS = ("w8a8", "w6a6", "w4a8", "w4a4", "w3a3")
 FLAG: dict[str, Any] = {"is_flag": True}
 SHOWN: dict[str, Any] = {"show_default": True}
 
-MODEL = click.Argument(["model"], metavar="MODEL.onnx", type=PATH, required=False)
+MODEL = click.Argument(["model"], metavar="MODEL", type=PATH, required=False)
 OPTIONS = [
-    Option(OUTPUT, "-o", "--output", type=PATH, metavar="OUT.onnx", help="The integer graph.  [default: MODEL_int8.onnx beside the model]"),
+    Option(
+        OUTPUT,
+        "-o",
+        "--output",
+        type=click.Path(),  # as text: a slash in the end says that it is a folder
+        metavar="OUT.onnx|OUT/",
+        help="The integer graph, or a folder for it and the model's configs.  [default: MODEL_int8.onnx beside the model]",
+    ),
     Option(OUTPUT, "--report", type=PATH, metavar="FILE.json", help="Write all that is known of the compile; - is standard output."),
     Option(OUTPUT, "--inspect", **FLAG, help="Print the blocks found and what would become integer, and stop; --report then writes that."),
     Option(OUTPUT, "--diagnose", **FLAG, help="Print outliers, idle heads and which exact rewrites help, and stop; --report as above."),
@@ -167,7 +175,7 @@ OPTIONS = [
         "--preprocess",
         metavar="TEXT",
         help="imagenet, inception, clip, none, or settings such as mean=0.5,std=0.5,resize=256,crop=224.  "
-        "[default: from the config beside the model, else imagenet]",
+        "[default: from the model's config, else imagenet]",
     ),
     Option(DATA, "--seed", type=NATURAL, default=0, **SHOWN, metavar="N", help="Of the choice of samples and of built-in pictures."),
     Option(

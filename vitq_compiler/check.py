@@ -17,7 +17,8 @@ from vitq_compiler.lint.report import LintReport
 from vitq_compiler.lint.rule import Fault, Platform, Rule, Severity
 from vitq_compiler.lint.rule import check as find
 from vitq_compiler.metrics import sqnr
-from vitq_compiler.model_io import open_model
+from vitq_compiler.model_io import follow_links, open_model, parse_model
+from vitq_compiler.model_source import ModelSource, find_model
 from vitq_compiler.preprocess import resolve
 from vitq_compiler.saturation import saturated
 
@@ -28,7 +29,7 @@ UNJUDGED_VERSION = "8.6"  # chooses types itself; TensorRT-RTX takes them from t
 
 
 def check(
-    model: Path,
+    model: ModelSource | Path | str,
     target: str = "onnxruntime",
     *,
     trt_version: str = "10",
@@ -39,7 +40,8 @@ def check(
     """Every place where a file breaks a rule of a target.
 
     Args:
-        model: the ONNX file, made by whatever tool; its weights are read only where a rule needs their numbers.
+        model: an ONNX file, made by whatever tool, or what else `find_model` takes; its weights are read only where a rule needs
+            their numbers.
         target: name of a target.
         trt_version: of TensorRT: 8.6, 10 or 11; other targets have one version.
         compute_capability: of the GPU, such as 8.9; None leaves out what depends on it.
@@ -52,23 +54,25 @@ def check(
     """
     rules = load_target(target).rules
     platform = Platform(trt_version, compute_capability) if any(rule.versions for rule in rules) else Platform(cpu=cpu)
-    proto = open_model(Path(model))
+    source = find_model(model)
+    proto = open_model(source.file)
+    folder = follow_links(proto, source.file)
     verdict, hint = None, ""
     if with_judge and target in JUDGED and trt_version != UNJUDGED_VERSION:
         try:
-            verdict = judge.judge(Path(model), str(compute_capability or judge.DEFAULT_CAPABILITY))
+            verdict = judge.judge(source.file, str(compute_capability or judge.DEFAULT_CAPABILITY))
             rules = (*rules, _accepted(verdict), _scaled_in_time(verdict))
         except TargetError as error:
             hint = str(error)
-    findings = find(Model(proto, folder=Path(model).parent), rules, platform)
-    cost = _saturation_cost(Path(model)) if any(finding.rule.id == SATURATION for finding in findings) else None
-    return LintReport(version("vitq-compiler"), str(model), target, platform, rules, findings, verdict, hint, cost)
+    findings = find(Model(proto, folder=folder), rules, platform)
+    cost = _saturation_cost(source.file) if any(finding.rule.id == SATURATION for finding in findings) else None
+    return LintReport(version("vitq-compiler"), source.name, target, platform, rules, findings, verdict, hint, cost)
 
 
 def _saturation_cost(model: Path) -> float | None:
     """SQNR in dB of what a CPU without VNNI gives, on built-in samples, the least of all outputs; None where the graph does not run."""
     try:
-        graph = Graph.from_proto(onnx.load(model))
+        graph = Graph.from_proto(parse_model(model))
         graph.infer_shapes()
         data = open_data(None, graph.inputs, resolve(None, model), samples=SAMPLES, validation_samples=0)
         feed = next(data.calibration())

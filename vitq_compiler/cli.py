@@ -24,6 +24,8 @@ from vitq_compiler.text import printable
 if TYPE_CHECKING:
     from rich.console import Console
 
+    from vitq_compiler.destination import Destination
+    from vitq_compiler.model_source import ModelSource
     from vitq_compiler.report import CompileReport
 
 PROGRAM = "vitq-compile"
@@ -91,10 +93,10 @@ class _Command(click.Command):
         except (click.ClickException, click.exceptions.Exit, BrokenPipeError):
             raise
         except KeyboardInterrupt:
-            return _fail(_interrupted(ctx.params, began), INTERRUPTED, label="")
+            return _fail(_interrupted(ctx, began), INTERRUPTED, label="")
         except Exception as error:
             if _is_interrupt(error):
-                return _fail(_interrupted(ctx.params, began), INTERRUPTED, label="")
+                return _fail(_interrupted(ctx, began), INTERRUPTED, label="")
             # A PassError wraps what a pass did not expect: the way there is worth seeing.
             if ctx.params["verbose"] and (isinstance(error, PassError) or not isinstance(error, VitqError)):
                 import traceback
@@ -121,16 +123,12 @@ def _is_interrupt(error: BaseException | None) -> bool:
     return error is not None
 
 
-def _interrupted(given: dict[str, Any], began: float) -> str:
+def _interrupted(ctx: click.Context, began: float) -> str:
     """What to say after Ctrl-C; the output appears whole, so its time tells whether it is there."""
-    output = given["output"] or (given["model"] and _default_output(given["model"]))
+    output: Path | None = ctx.obj
     if output and output.is_file() and output.stat().st_mtime >= began:
         return f"interrupted, {output} is already written"
-    return "interrupted, no output written" if given["dump_after"] else "interrupted, nothing written"
-
-
-def _default_output(model: Path) -> Path:
-    return model.with_name(f"{model.stem}_int8.onnx")
+    return "interrupted, no output written" if ctx.params["dump_after"] else "interrupted, nothing written"
 
 
 def _print_version(ctx: click.Context, param: click.Parameter, given: bool) -> None:
@@ -149,16 +147,21 @@ def _main(**given: Any) -> int:
         return OK
     _check_diagnose(given)
     if given["model"] is None:
-        raise click.UsageError("MODEL.onnx is missing")
+        raise click.UsageError("MODEL is missing")
+    from vitq_compiler.destination import place_output
+    from vitq_compiler.model_source import find_model
+
+    source = find_model(given["model"], show_progress=not given["quiet"])
     if given["check"]:
-        return _check(given)
-    output: Path = given["output"] or _default_output(given["model"])
+        return _check(given, source)
+    output = place_output(given["output"], source)
     if given["inspect"]:
-        return _inspect(given, output)
+        return _inspect(given, source, output.file)
     if given["diagnose"]:
-        return _diagnose(given, output)
-    _check_report(given["report"], output, given["model"])
-    return _compile(given, output)
+        return _diagnose(given, source, output.file)
+    _check_report(given["report"], output.file, source.file)
+    click.get_current_context().obj = output.file  # for `_interrupted`
+    return _compile(given, source, output)
 
 
 def _listing(given: dict[str, Any]) -> list[str] | None:
@@ -196,7 +199,7 @@ def _check_report(report: Path | None, output: Path, model: Path, kind: str = "r
         raise OutputError(f"{kind} {report}: is the model or the output; give another name")
 
 
-def _compile(given: dict[str, Any], output: Path) -> int:
+def _compile(given: dict[str, Any], source: ModelSource, output: Destination) -> int:
     from vitq_compiler import compiler
     from vitq_compiler.model_io import write_text
     from vitq_compiler.terminal import console_for, progress_on, show
@@ -207,7 +210,7 @@ def _compile(given: dict[str, Any], output: Path) -> int:
         same = {name: given[name] for name in SAME_NAMES}
         options = _target_options(given)
         report = compiler.compile(
-            given["model"],
+            source,
             output,
             **same,
             target_options=options or None,
@@ -222,16 +225,16 @@ def _compile(given: dict[str, Any], output: Path) -> int:
     if given["explain"] is not None:
         lines = explain(report, given["explain"])
         click.echo("\n".join(map(printable, lines if given["quiet"] else ["", *lines])), err=json_only)
-    return _judge(report, output)
+    return _judge(report, output.file)
 
 
-def _inspect(given: dict[str, Any], output: Path) -> int:
+def _inspect(given: dict[str, Any], source: ModelSource, output: Path) -> int:
     from vitq_compiler.inspection import inspect
     from vitq_compiler.terminal import show_structure
 
-    _check_report(given["report"], output, given["model"])
+    _check_report(given["report"], output, source.file)
     same = ("recipe", "bits", "definition", "target", "exclude", "threads")
-    structure = inspect(given["model"], **{name: given[name] for name in same})
+    structure = inspect(source, **{name: given[name] for name in same})
     return _tell(given, structure, show_structure)
 
 
@@ -260,18 +263,18 @@ def _check_diagnose(given: dict[str, Any]) -> None:
         raise click.UsageError(f"--diagnose compiles nothing: leave out --{other.replace('_', '-')}")
 
 
-def _diagnose(given: dict[str, Any], output: Path) -> int:
+def _diagnose(given: dict[str, Any], source: ModelSource, output: Path) -> int:
     from vitq_compiler import diagnosis
     from vitq_compiler.plots import check_plots, draw
     from vitq_compiler.terminal import console_for, progress_on, show_diagnosis
 
-    _check_report(given["report"], output, given["model"])
+    _check_report(given["report"], output, source.file)
     if given["plot"]:
-        _check_report(given["plot"], output, given["model"], "picture")
+        _check_report(given["plot"], output, source.file, "picture")
         check_plots(given["plot"])
     with progress_on(console_for(sys.stderr), not given["quiet"]) as progress:
         found = diagnosis.diagnose(
-            given["model"],
+            source,
             **{name: given[name] for name in DIAGNOSE_NAMES},
             target_options=_target_options(given) or None,
             with_sensitivity=given["sensitivity"],
@@ -282,12 +285,12 @@ def _diagnose(given: dict[str, Any], output: Path) -> int:
     return _tell(given, found, show_diagnosis)
 
 
-def _check(given: dict[str, Any]) -> int:
+def _check(given: dict[str, Any], source: ModelSource) -> int:
     from vitq_compiler.check import check
     from vitq_compiler.lint.report import FORMATS
 
     report = check(
-        given["model"],
+        source,
         given["target"],
         trt_version=given["trt_version"] or "10",
         compute_capability=given["compute_capability"],

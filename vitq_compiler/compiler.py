@@ -15,9 +15,11 @@ from vitq_compiler import runtime
 from vitq_compiler.catalog import load_target, pipeline_for
 from vitq_compiler.cpu import integer_unit
 from vitq_compiler.data import Data
+from vitq_compiler.destination import Destination, place_output
 from vitq_compiler.errors import ModelError, RecipeError
 from vitq_compiler.graph import LARGE_MODEL, Graph
 from vitq_compiler.model_io import check_output, file_bytes, make_work_folder, write_model
+from vitq_compiler.model_source import ModelSource, find_model
 from vitq_compiler.opening import open_model, open_samples
 from vitq_compiler.pipeline import Compilation
 from vitq_compiler.precision import narrow
@@ -32,8 +34,8 @@ PROBE_SAMPLES = 2
 
 
 def compile(
-    model: Path,
-    output: Path | None = None,
+    model: ModelSource | Path | str,
+    output: Destination | Path | str | None = None,
     *,
     recipe: str = "w8a8",
     bits: str | None = None,
@@ -63,8 +65,9 @@ def compile(
     """Compile a vision transformer into an integer graph and validate it.
 
     Args:
-        model: the ONNX file; never changed.
-        output: where to write the integer graph; None writes nothing.
+        model: an ONNX file, a folder that holds one, or ``hf:owner/name[@revision]`` on the hub; never changed. See `find_model`.
+        output: where to write the integer graph: a file, or a folder (there already, or a text that ends in a slash) that gets the
+            layout of a model folder, with copies of the configurations; None writes nothing. See `place_output`.
         recipe: name of a recipe of the package, or a ``.toml`` file.
         bits: of weights and activations, such as ``w4a4``, instead of the recipe's.
         definition: ``strict`` or ``deploy``, see `Recipe.definition`, instead of the recipe's.
@@ -97,7 +100,6 @@ def compile(
         VitqError: see `errors`; ``output`` has not been touched then.
     """
     began = time.perf_counter()
-    model, output = Path(model), Path(output) if output is not None else None
     providers = runtime.providers_of(validate_provider)
     plan = load_recipe(recipe).with_bits(bits).defined(definition).with_attention(attention).stored(storage)
     plan = plan.excluding(tuple(exclude))
@@ -105,11 +107,15 @@ def compile(
     pipeline = pipeline_for(plan, chosen, passes)
     if missing := [name for name in dump_after if name not in {p.name for p in pipeline.passes}]:
         raise RecipeError(f"cannot dump after {missing[0]}: the pipeline has no such pass; see --print-pipeline")
-    dumps = {name: (output or model).with_suffix(f".after-{name}.onnx") for name in dump_after}
+    source = find_model(model)
+    model, destination = source.file, None if output is None else place_output(output, source)
+    dumps = {name: (destination or Destination(source.beside(model.name))).dump(name) for name in dump_after}
     if work_dir is not None:
         work_dir = Path(work_dir)
         make_work_folder(work_dir)
-    for path in (*([output] if output is not None else ()), *dumps.values()):
+    if destination is not None:
+        destination.check(model)
+    for path in dumps.values():
         check_output(path, model)
 
     progress("reading", 0, 1)
@@ -138,17 +144,19 @@ def compile(
     integer = c.graph.to_proto()
     if chosen.runs_here:
         integer.metadata_props.add(key="cpu", value=chosen.platform.cpu)
+    if source.origin:
+        integer.metadata_props.add(key="source", value=source.origin)
     if half:
         floating = _restore(model, integer, boundary, half, floating, c)
     verdict, kernel_of = validate(floating, file_bytes(model), integer, c, parity)
     gates = _measure_gates(verdict, min_sqnr, min_agreement)
-    written = output if output_on_failure or all(gate.passed for gate in gates) else None
+    written = destination if output_on_failure or all(gate.passed for gate in gates) else None
     if written is not None:
-        write_model(narrow(integer, boundary) if half == "bfloat16" else integer, written)
+        written.write(narrow(integer, boundary) if half == "bfloat16" else integer)
     return CompileReport(
         version=version("vitq-compiler"),
-        model=str(model),
-        output=str(written) if written else None,
+        model=source.name,
+        output=str(written.file) if written else None,
         recipe=plan.name,
         bits=plan.bits,
         definition=plan.definition,
@@ -161,13 +169,14 @@ def compile(
         notes=tuple(NoteRow(n.stage, n.where, n.reason) for n in c.notes),
         validation=verdict,
         gates=gates,
-        warnings=(*data.warnings, *c.warnings),
+        warnings=(*source.warnings, *data.warnings, *c.warnings, *(written.warnings if written else ())),
         nodes=provenance.rows(c),
         cpu=chosen.platform.cpu if chosen.runs_here else "",
         integer_unit=integer_unit(),
-        command=chosen.command(written, graph.inputs) if written else "",
+        command=chosen.command(written.file, graph.inputs) if written else "",
         attention=tuple(c.prices),
         training=tuple(c.training),
+        chosen=source.why,
     )
 
 

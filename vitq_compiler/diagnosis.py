@@ -20,6 +20,7 @@ from vitq_compiler.blocks.attention import OPERANDS
 from vitq_compiler.catalog import find_pass, load_target
 from vitq_compiler.errors import VitqError
 from vitq_compiler.graph import Array, Node, Tensor, is_constant, producer
+from vitq_compiler.model_source import ModelSource, find_model
 from vitq_compiler.opening import open_model, open_samples, run_front
 from vitq_compiler.pipeline import Compilation, Pipeline
 from vitq_compiler.plots import Picture, Ranges
@@ -145,7 +146,7 @@ class _Place:
 
 
 def diagnose(
-    model: Path,
+    model: ModelSource | Path | str,
     *,
     recipe: str = "w8a8",
     bits: str | None = None,
@@ -169,7 +170,8 @@ def diagnose(
     Raises:
         VitqError: the model cannot be compiled, or the data not be read; the message says why.
     """
-    model = Path(model)
+    source = find_model(model)
+    model = source.file
     plan = load_recipe(recipe).with_bits(bits).defined(definition).with_attention(attention).excluding(tuple(exclude))
     chosen = load_target(target, target_options)
     graph = open_model(model, chosen).graph
@@ -187,7 +189,7 @@ def diagnose(
         rewrites.append(row)
     progress("diagnosing", len(REWRITES), len(REWRITES))
     return Diagnosis(
-        model=str(model),
+        model=source.name,
         recipe=plan.name,
         bits=plan.bits,
         data=data.description,
@@ -195,7 +197,7 @@ def diagnose(
         rewrites=tuple(rewrites),
         recommendations=tuple(recommended(before, rewrites)),
         sensitivity=sensitivity(_copy(c), progress) if with_sensitivity else (),
-        warnings=tuple(data.warnings),
+        warnings=(*source.warnings, *data.warnings),
         pictures=tuple(_pictures(ranges, narrowed)),
     )
 

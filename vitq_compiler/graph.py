@@ -28,6 +28,7 @@ Array = NDArray[Any]
 SCOPES = "pkg.torch.onnx.name_scopes"
 LARGE_MODEL = 2**30  # bytes of weights from which memory counts for more than time
 PACKED = frozenset(map(np.dtype, (ml_dtypes.int4, ml_dtypes.uint4)))  # two numbers to a byte
+PRODUCER = "vitq"  # what a compiled file says it was made by
 LARGE = 1024  # elements from which a constant counts as a weight rather than as a shape or an axis
 
 
@@ -83,7 +84,7 @@ class Graph:
             for tensor, array in packed.values():
                 tensor.values = array
         model.ir_version = self.ir_version
-        model.producer_name = "vitq"
+        model.producer_name = PRODUCER
         for node in model.graph.node:
             if node.name in self._metadata:
                 node.metadata_props.add(key=SCOPES, value=self._metadata[node.name])

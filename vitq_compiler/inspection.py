@@ -14,6 +14,7 @@ import numpy as np
 
 from vitq_compiler.catalog import load_target
 from vitq_compiler.graph import Node, Tensor, is_constant, value
+from vitq_compiler.model_source import ModelSource, find_model
 from vitq_compiler.opening import open_model, run_front
 from vitq_compiler.pipeline import Compilation
 from vitq_compiler.quant import Edge
@@ -119,7 +120,7 @@ def _summary(rows: list[LayerRow]) -> BlockSummary:
 
 
 def inspect(
-    model: Path,
+    model: ModelSource | Path | str,
     *,
     recipe: str = "w8a8",
     bits: str | None = None,
@@ -135,7 +136,8 @@ def inspect(
     Raises:
         VitqError: the model cannot be compiled; the message says why.
     """
-    model = Path(model)
+    source = find_model(model)
+    model = source.file
     plan = load_recipe(recipe).with_bits(bits).defined(definition).excluding(tuple(exclude))
     chosen = load_target(target)
     graph = open_model(model, chosen).graph
@@ -145,7 +147,7 @@ def inspect(
     layers = tuple(_layers(c))
     named = {row.name for row in layers}
     notes = tuple(NoteRow(n.stage, n.where, n.reason) for n in c.notes if n.where not in named)
-    return Structure(str(model), plan.name, chosen.name, parameters, layers, notes)
+    return Structure(source.name, plan.name, chosen.name, parameters, layers, notes)
 
 
 def _layers(c: Compilation) -> list[LayerRow]:

@@ -60,11 +60,12 @@ def parse_model(path: Path) -> onnx.ModelProto:
         ModelError: as `open_model`, or its external data cannot be read.
     """
     model = open_model(path)
+    folder = follow_links(model, path)
     try:
-        left = [(tensor, file) for tensor in model.graph.initializer if (file := _mappable(tensor, path.parent)) is not None]
+        left = [(tensor, file) for tensor in model.graph.initializer if (file := _mappable(tensor, folder)) is not None]
         for tensor, _ in left:
             tensor.ClearField("data_location")  # so that onnx does not load it
-        onnx.load_external_data_for_model(model, str(path.parent))
+        onnx.load_external_data_for_model(model, str(folder))
     except Exception as error:
         raise ModelError(f"model {path}: cannot read its external data ({first_line(error)}); export it again") from error
     for tensor in model.graph.initializer:
@@ -73,6 +74,22 @@ def parse_model(path: Path) -> onnx.ModelProto:
         tensor.data_location = TensorProto.EXTERNAL
         next(entry for entry in tensor.external_data if entry.key == "location").value = str(file)
     return model
+
+
+def follow_links(model: onnx.ModelProto, path: Path) -> Path:
+    """The folder that holds the external data of a model from ``path``: its own, except in a download cache.
+
+    There the model and its data are links into one folder of contents. onnx reads no links, as they may lead anywhere; these lead where
+    the model itself lies, so its data goes by its name there, and that folder is returned.
+    """
+    entries = [entry for tensor in model.graph.initializer for entry in tensor.external_data if entry.key == "location"]
+    files = [path.parent / entry.value for entry in entries]
+    contents = path.resolve().parent
+    if not path.is_symlink() or not all(file.is_symlink() and file.resolve().parent == contents for file in files):
+        return path.parent
+    for entry, file in zip(entries, files, strict=True):
+        entry.value = file.resolve().name
+    return contents
 
 
 def _mappable(tensor: TensorProto, folder: Path) -> Path | None:

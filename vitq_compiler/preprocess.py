@@ -1,8 +1,8 @@
 """From a picture to the float32 [C, H, W] that a model was trained on, and the decision what that is.
 
 Resize and centre crop as torchvision does them (same sizes, same rounding), then ``(pixel * rescale - mean) / std``.
-What is used comes from, in this order: the text of ``--preprocess``, ``preprocessor_config.json`` (transformers) or
-``config.json`` (timm) in the model's folder, else ImageNet's numbers; `Preprocess.source` says which and why.
+What is used comes from, in this order: the text of ``--preprocess``, a configuration file of the model (see `processor_config`),
+else ImageNet's numbers; `Preprocess.source` says which and why.
 
 The text is a name, or settings, or a name and then settings that change it::
 
@@ -13,9 +13,8 @@ The text is a name, or settings, or a name and then settings that change it::
 
 from __future__ import annotations
 
-import json
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from fractions import Fraction
@@ -27,6 +26,8 @@ from numpy.typing import NDArray
 from PIL import Image, ImageOps
 
 from vitq_compiler.errors import DataError
+from vitq_compiler.model_folder import config_folders
+from vitq_compiler.processor_config import CLIP, IMAGENET, config_files, numbers, read_config
 
 _FILTERS = {name: Image.Resampling[name.upper()] for name in ("nearest", "bilinear", "bicubic", "lanczos")}
 _MODES = {1: "L", 3: "RGB", 4: "RGBA"}
@@ -47,6 +48,7 @@ class Preprocess:
         crop: centre crop, (height, width).
         interpolation: nearest, bilinear, bicubic or lanczos.
         source: which preprocessing this is and why it was chosen, for the report.
+        flip: reverse the channels in the end, for models that take blue first.
     """
 
     mean: tuple[float, ...]
@@ -56,6 +58,7 @@ class Preprocess:
     crop: tuple[int, int] | None
     interpolation: str
     source: str
+    flip: bool = False
 
     def __post_init__(self) -> None:
         for name, values in (("mean", self.mean), ("std", self.std), ("scale", (self.rescale,))):
@@ -88,7 +91,8 @@ class Preprocess:
         """``(pixel * rescale - mean) / std``: uint8 [C, H, W] to float32 [C, H, W]; DataError where mean does not fit C."""
         mean = _per_channel("mean", self.mean, len(pixels), alpha=0.0)
         std = _per_channel("std", self.std, len(pixels), alpha=1.0)
-        return (pixels.astype(np.float32) * np.float32(self.rescale) - mean) / std
+        values: NDArray[np.float32] = (pixels.astype(np.float32) * np.float32(self.rescale) - mean) / std
+        return values[::-1] if self.flip and len(values) == 3 else values
 
     def pixels(self, image: Image.Image, height: int, width: int, channels: int) -> NDArray[np.uint8]:
         """Decode, turn upright by EXIF, resize and crop: uint8 [channels, height, width]; arguments as for a call."""
@@ -130,13 +134,12 @@ class Preprocess:
         return (size, size) if isinstance(size, int) else size
 
 
-_CLIP_MEAN, _CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
-_IMAGENET = Preprocess((0.485, 0.456, 0.406), (0.229, 0.224, 0.225), 1 / 255, 256, (224, 224), "bicubic", "imagenet")
+_IMAGENET = Preprocess(*IMAGENET, 1 / 255, 256, (224, 224), "bicubic", "imagenet")
 _PLAIN = Preprocess((0.0,), (1.0,), 1 / 255, None, None, "bicubic", "explicit")
 _NAMED = {
     "imagenet": _IMAGENET,
     "inception": replace(_IMAGENET, mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5), resize=248, source="inception"),
-    "clip": replace(_IMAGENET, mean=_CLIP_MEAN, std=_CLIP_STD, resize=224, source="clip"),
+    "clip": replace(_IMAGENET, mean=CLIP[0], std=CLIP[1], resize=224, source="clip"),
     "none": replace(_PLAIN, rescale=1.0, source="none"),  # pixels 0..255 as float, resized only
 }
 NAMES = tuple(_NAMED)
@@ -148,7 +151,7 @@ def resolve(text: str | None, model_path: Path | None) -> Preprocess:
 
     Args:
         text: what the user asked for (see the module's grammar), or None.
-        model_path: the model's file or folder; configuration files are looked for beside it.
+        model_path: the model's file or folder; see `model_folder.config_folders` for where configuration files are looked for.
 
     Raises:
         DataError: the text or a configuration file cannot be understood.
@@ -158,13 +161,14 @@ def resolve(text: str | None, model_path: Path | None) -> Preprocess:
             return _parse(text)
     if model_path is None:
         return replace(_IMAGENET, source="imagenet (default)")
-    folder = model_path if model_path.is_dir() else model_path.parent
-    for path in (folder / "preprocessor_config.json", folder / "config.json"):
-        if path.is_file():
-            with _explained(str(path), "repair the file, or pass --preprocess"):
-                found = _read_config(path)
+    folders = config_folders(model_path)
+    for path in config_files(folders):
+        with _explained(str(path), "repair the file, or pass --preprocess"):
+            found = read_config(path)
             if found:
-                return found
+                library, settings = found
+                where = "beside the model" if path.parent == folders[0] else "one folder above the model"
+                return Preprocess(**settings, source=f"{path.name} {where} ({library})")
     return replace(_IMAGENET, source="imagenet (default: no preprocessor_config.json or config.json with mean and std beside the model)")
 
 
@@ -201,67 +205,15 @@ def _parse_size(value: str) -> tuple[int, int] | None:
     return None if value == "none" else (int(height), int(width or height))
 
 
-def _numbers(values: Any) -> tuple[float, ...]:
-    return tuple(float(v) for v in (values if isinstance(values, list) else [values]))
-
-
 _SETTINGS: dict[str, tuple[str, Callable[[str], object]]] = {
-    "mean": ("mean", lambda value: _numbers(value.split("/"))),
-    "std": ("std", lambda value: _numbers(value.split("/"))),
+    "mean": ("mean", lambda value: numbers(value.split("/"))),
+    "std": ("std", lambda value: numbers(value.split("/"))),
     "resize": ("resize", lambda value: int(value) if value.isdecimal() else _parse_size(value)),
     "crop": ("crop", _parse_size),
     "scale": ("rescale", lambda value: float(Fraction(value))),
     "interpolation": ("interpolation", str),
 }
 """Word of the grammar -> field of `Preprocess` and how its value is read."""
-
-
-def _read_config(path: Path) -> Preprocess | None:
-    """What a configuration file says; None where it is some other tool's and says nothing of preprocessing."""
-    config = json.loads(path.read_text(encoding="utf-8-sig"))
-    config = config if isinstance(config, dict) else {}
-    source = f"{path.name} beside the model"
-    timm = config["pretrained_cfg"] if isinstance(config.get("pretrained_cfg"), dict) else config
-    if "mean" in timm and "std" in timm:
-        return _from_timm(timm, f"{source} (timm)")
-    if "image_mean" in config or "do_rescale" in config or "do_resize" in config:
-        return _from_transformers(config, f"{source} (transformers)")
-    return None
-
-
-def _from_timm(config: Mapping[str, Any], source: str) -> Preprocess:
-    _, height, width = config.get("input_size", (3, _DEFAULT_SIZE, _DEFAULT_SIZE))
-    crop_pct = float(config.get("crop_pct") or 0.875)  # timm's own default
-    sides = math.floor(height / crop_pct), math.floor(width / crop_pct)
-    resize = sides if config.get("crop_mode") == "squash" else min(sides)
-    interpolation = config.get("interpolation", "bicubic").replace("random", "bilinear")
-    return Preprocess(_numbers(config["mean"]), _numbers(config["std"]), 1 / 255, resize, (height, width), interpolation, source)
-
-
-def _from_transformers(config: Mapping[str, Any], source: str) -> Preprocess:
-    normalizes = config.get("do_normalize", True)
-    mean, std = (_numbers(config["image_mean"]), _numbers(config["image_std"])) if normalizes else ((0.0,), (1.0,))
-    rescale = float(config.get("rescale_factor", 1 / 255)) if config.get("do_rescale", True) else 1.0
-    resample = config.get("resample", 2)
-    interpolation = {0: "nearest", 1: "lanczos", 2: "bilinear", 3: "bicubic"}.get(resample, str(resample))
-    crops = config.get("do_center_crop", "crop_size" in config)
-    crop = _pair(config.get("crop_size", _DEFAULT_SIZE)) if crops else None
-    # A bare number is the shorter side where a crop follows, and both sides elsewhere; DeiT's squeezes and then crops.
-    kind = str(config.get("image_processor_type") or config.get("feature_extractor_type"))
-    square = not crops or kind.startswith(("ViT", "DeiT", "Beit"))
-    size = config.get("size") if config.get("do_resize", True) else None
-    if isinstance(size, dict) and "shortest_edge" in size:
-        size = int(size["shortest_edge"])
-    elif size is not None and (square or not isinstance(size, int)):
-        size = _pair(size)
-    if config.get("crop_pct") and isinstance(size, int):  # ConvNeXT's rule
-        crop = _pair(size)
-        size = int(size / config["crop_pct"]) if size < 384 else crop
-    return Preprocess(mean, std, rescale, size, crop, interpolation, source)
-
-
-def _pair(size: Any) -> tuple[int, int]:
-    return (size, size) if isinstance(size, int) else (int(size["height"]), int(size["width"]))
 
 
 def _per_channel(name: str, values: tuple[float, ...], channels: int, alpha: float) -> NDArray[np.float32]:

@@ -198,12 +198,14 @@ class CompileReport:
     """Everything about one compile.
 
     Attributes:
+        model: the file, or ``hf:owner/name@commit/file.onnx`` for a model from the hub.
         bits: of weights and activations, such as ``w4a8``.
         definition: which ends of the network got them, ``strict`` or ``deploy``; empty where the recipe says it itself.
         cpu: which CPUs the graph gives these results on, ``any`` or ``vnni``; empty where the target is none.
         integer_unit: the integer instructions of the CPU that measured, see `cpu.integer_unit`.
         command: what takes the output further, where its target needs that.
         attention: the price of each choice for the attention products, where the target has several.
+        chosen: why this file of a folder was taken; empty where there was no other.
     """
 
     version: str
@@ -228,6 +230,7 @@ class CompileReport:
     command: str = ""
     attention: tuple[AttentionRow, ...] = ()
     training: tuple[TrainingRow, ...] = ()
+    chosen: str = ""
 
     @property
     def quantized(self) -> int:

@@ -231,6 +231,7 @@ def _show_summary(report: CompileReport, console: Console, verbosity: int) -> No
     kernels = f"{report.integer} of {linears} in integer kernels ({where})"
     skipped = [f"{name} ({reason})" for name, reason in data.skipped]
     rows = {
+        "Model": report.chosen,
         "Linear layers": f"{linears} found, {report.quantized} quantized, {kernels}",
         "Worst block": f"{worst.name}, SQNR {_decibels(worst.sqnr_db)}" if worst else "",
         "Size": f"{_size(before)} -> {_size(after)}, {_ratio(after, before, 'smaller', 'larger')}",

@@ -40,9 +40,9 @@ def folder(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def stop(step: str, number: signal.Signals, folder: Path, temporary: Path, source: Path) -> tuple[int, str]:
+def stop(step: str, number: signal.Signals, folder: Path, temporary: Path, source: Path, output: str = "out.onnx") -> tuple[int, str]:
     """Start a compile, send it a signal at the first line that starts with ``step``; exit code, and the rest of stderr."""
-    words = ("vit.onnx", "-o", "out.onnx", "--calibration", source, "--samples", "500", "--batch-size", "1", "--threads", "1")
+    words = ("vit.onnx", "-o", output, "--calibration", source, "--samples", "500", "--batch-size", "1", "--threads", "1")
     process = start(*words, folder=folder, temporary=temporary, program=("-c", TELLING))
     assert process.stderr is not None
     for line in process.stderr:
@@ -63,6 +63,17 @@ def test_interrupt(folder: Path, source: Path, tmp_path_factory: pytest.TempPath
     assert "Traceback" not in rest
     assert contents(folder) == before
     assert [path for path in temporary.iterdir() if path.is_dir()] == []
+
+
+@pytest.mark.parametrize("output", ["new/", "old/"])
+def test_interrupt_while_a_folder_is_written(folder: Path, source: Path, tmp_path_factory: pytest.TempPathFactory, output: str) -> None:
+    (folder / "config.json").write_text("{}")
+    (folder / "old").mkdir()
+    (folder / "old" / "notes.txt").write_text("mine")
+    before = contents(folder)
+    code, rest = stop("staged", signal.SIGINT, folder, tmp_path_factory.mktemp("temporary"), source, output)
+    assert (code, rest) == (130, f"{PROGRAM}: interrupted, nothing written\n")
+    assert contents(folder) == before
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])

@@ -13,7 +13,7 @@ from tests.laws.sources import ROOT, imports, package_files, relative, syntax
 
 GRAPHSURGEON = {"vitq_compiler/graph.py"}
 PRINTERS = {"vitq_compiler/cli.py", "vitq_compiler/__main__.py"}
-OPTIONAL = {"torch", "torchvision", "onnxscript", "timm"}  # must work when absent
+OPTIONAL = {"huggingface_hub", "torch", "torchvision", "onnxscript", "timm"}  # must work when absent
 SLOW = {"onnx", "onnxruntime", "onnx_graphsurgeon", "numpy", "scipy", "PIL"} | OPTIONAL
 HELP_SECONDS = 0.5
 

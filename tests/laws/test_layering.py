@@ -40,9 +40,13 @@ LAYERS = (
         "weight_scales",
     ),
     ("quantizer",),
+    ("destination",),
+    ("model_source",),
+    ("hub",),
     ("branches", "builtin_images", "contrib", "model_io", "pattern", "pipeline", "precision", "registry"),
     ("runtime",),
     ("arrays", "augmentation", "cpu", "graph", "judge", "metrics", "orthogonal", "outliers", "preprocess", "progress", "quant"),
+    ("model_folder", "processor_config"),
     ("errors", "pairs", "recipes", "text"),
 )
 HEIGHT = {module: len(LAYERS) - row for row, layer in enumerate(LAYERS) for module in layer}

@@ -72,18 +72,19 @@ def test_external_data_is_not_needed_to_be_read(tmp_path: Path) -> None:
     ("words", "fault"),
     [
         (("none.onnx",), "no such file"),
-        ((".",), "is a directory"),
+        (("empty",), "no .onnx file in this folder"),
         (("text.onnx",), "not a readable ONNX file"),
         (("slow.onnx", "--target", "nothing"), "no 'nothing' in targets"),
         (("slow.onnx", "--trt-version", "9"), "'9' is not one of '8.6', '10', '11'"),
         (("slow.onnx", "--format", "xml"), "'xml' is not one of"),
         (("slow.onnx", "--compute-capability", "nan"), "nan is not a number"),
-        ((), "MODEL.onnx is missing"),
+        ((), "MODEL is missing"),
     ],
 )
 def test_bad_input_is_one_line(slow: Path, monkeypatch: pytest.MonkeyPatch, words: tuple[str, ...], fault: str) -> None:
     monkeypatch.chdir(slow.parent)
     Path("text.onnx").write_text("no model")
+    Path("empty").mkdir()
     result = run("--check", *words)
     assert result.exit_code == 2
     assert fault in result.stderr
