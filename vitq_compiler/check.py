@@ -5,8 +5,6 @@ from __future__ import annotations
 from importlib.metadata import version
 from pathlib import Path
 
-import onnx
-
 from vitq_compiler import judge, runtime
 from vitq_compiler.catalog import load_target
 from vitq_compiler.data import open_data
