@@ -43,7 +43,7 @@ def test_specs_are_those_of_the_recipe() -> None:
     wanted = {linear.name for linear in c.annotations.linears if linear.role != "head"} | {c.annotations.patch_embeddings[0].name}
     assert set(c.specs) == {Edge(name, index) for name in wanted for index in (0, 1)}
     assert {spec for edge, spec in c.specs.items() if edge.index == 0} == {recipe.activation}
-    assert {spec for edge, spec in c.specs.items() if edge.index == 1} == {recipe.weight}
+    assert {spec for edge, spec in c.specs.items() if edge.index == 1} == {c.target.fit_weight(recipe.weight, recipe.activation)}
     head = c.annotations.linears[-1]
     assert Note("annotate", head.name, "role head stays in float in recipe w8a8") in c.notes
 
