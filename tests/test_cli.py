@@ -239,7 +239,9 @@ def test_a_bug_asks_for_a_report(compile_: Compile) -> None:
     assert "Traceback" in verbose.stderr
 
 
-@pytest.mark.parametrize("error", [PassError("legalize", ("annotate",), "KeyError: 'x'"), InvariantError("pass legalize changed the outputs")])
+@pytest.mark.parametrize(
+    "error", [PassError("legalize", ("annotate",), "KeyError: 'x'"), InvariantError("pass legalize changed the outputs")]
+)
 def test_a_bug_that_a_pipeline_wraps_is_one_too(compile_: Compile, error: Exception) -> None:
     compile_.result = error
     assert f"internal error: {error}; this is a bug in vitq-compile; please report it" in one_line(run("vit.onnx", "-q"), 1)

@@ -24,7 +24,7 @@ def batches() -> list[Feed]:
 
 
 def compared(one: ort.InferenceSession, other: ort.InferenceSession, classes: frozenset[str]) -> tuple[OutputRow, ...]:
-    return compare_outputs(["y", "ids"], outputs(one, batches(), 8), outputs(other, batches(), 8), classes)
+    return compare_outputs(["y", "ids"], outputs(one, batches()), outputs(other, batches()), classes)
 
 
 def test_outputs_are_compared_over_all_batches() -> None:
@@ -44,7 +44,7 @@ def test_features_have_no_agreement_and_opposite_logits_have_none_in_common() ->
 
 def test_timing_is_paired() -> None:
     one, other = (session(parser.parse_model(TEXT.format(factor="1.0")), threads=1) for _ in range(2))
-    row = time_pair(one, other, batches()[0], 1)
+    row = time_pair(one, other, batches()[0], 1, 3)
     assert (row.threads, row.batch) == (1, 3)
     assert row.float_ms > 0
     assert 0.2 < row.ratio < 5

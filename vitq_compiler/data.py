@@ -89,8 +89,9 @@ def open_data(
 ) -> Data:
     """Open calibration data.
 
-    A batch size fixed in the model wins over ``batch_size``, and counts are then multiples of it. Where there are no more
-    than ``samples``, a fifth of them is kept for validation; a single one is validated on built-in images.
+    A batch size fixed in the model wins over ``batch_size``, and counts are then multiples of it; a model that takes one picture
+    without a batch axis gets one at a time. Where there are no more than ``samples``, a fifth of them is kept for validation; a
+    single one is validated on built-in images.
 
     Args:
         source: a folder (searched to the bottom), one image, a .npz or .npy file; None for built-in images.
@@ -110,6 +111,8 @@ def open_data(
         numbers = f"{len(inputs)} inputs, samples={samples}, validation_samples={validation_samples}, batch_size={batch_size}, seed={seed}"
         raise DataError(f"calibration: {numbers}; give a model with inputs, samples and batches of at least 1, and nothing negative")
     inputs = [_plain(spec) for spec in inputs]
+    alone = {spec.name for spec in inputs if spec.shape and not spec.batched}
+    batch_size = 1 if alone else batch_size
     fixed = {spec.shape[0] for spec in inputs if spec.shape} - {0}
     if len(fixed) > 1:
         raise DataError(f"inputs {', '.join(s.name for s in inputs)}: fixed batch sizes {fixed} differ; export the model with one")
@@ -150,8 +153,8 @@ def open_data(
         preprocess if any(isinstance(read, _PictureReader) for read in (*pool.readers.values(), *other.readers.values())) else None,
         len(used) * (augment + 1),
         len(unseen),
-        partial(_augmented, partial(_batches, pool.readers, used, batch_size), pictures, augment, seed),
-        partial(_batches, other.readers, unseen, batch_size),
+        partial(_taken_out, partial(_augmented, partial(_batches, pool.readers, used, batch_size), pictures, augment, seed), alone),
+        partial(_taken_out, partial(_batches, other.readers, unseen, batch_size), alone),
         synthetic=source is None,
         copies=augment + 1,
     )
@@ -163,6 +166,12 @@ def _augmented(batches: Callable[[], Iterator[Feed]], pictures: Mapping[str, tup
         yield feed
         for copy in range(copies):
             yield altered(feed, pictures, (seed, number, copy))
+
+
+def _taken_out(batches: Callable[[], Iterator[Feed]], alone: set[str]) -> Iterator[Feed]:
+    """Each batch, which is of one sample where ``alone`` names any inputs; these without the batch axis."""
+    for feed in batches():
+        yield {name: array[0] if name in alone else array for name, array in feed.items()}
 
 
 def _batches(readers: dict[str, Reader], indices: list[int], batch_size: int) -> Iterator[Feed]:
@@ -179,12 +188,18 @@ def _split(units: int, calibrating: int, validating: int) -> tuple[int, int]:
 
 
 def _plain(spec: InputSpec) -> InputSpec:
-    """``spec`` with 0 for every dynamic size."""
-    return replace(spec, dtype=np.dtype(spec.dtype), shape=tuple(s if isinstance(s, int) and s > 0 else 0 for s in spec.shape))
+    """``spec`` with 0 for every dynamic size, and with a batch axis put before one that has none: samples are batches until the end."""
+    shape = tuple(s if isinstance(s, int) and s > 0 else 0 for s in spec.shape)
+    spec = replace(spec, dtype=np.dtype(spec.dtype), shape=shape)
+    if spec.layout is None or spec.layout.batched:
+        return spec
+    return replace(spec, shape=(0, *shape), layout=replace(spec.layout, channels=spec.layout.channels + 1))
 
 
 def _channel_axis(spec: InputSpec) -> int | None:
     """1 for [N, C, H, W], 3 for [N, H, W, C], None for an input that is no image; exporters also leave C open."""
+    if spec.layout is not None:
+        return spec.layout.channels
     if len(spec.shape) != 4 or not (spec.dtype.kind == "f" or spec.dtype == np.uint8):
         return None
     return 1 if spec.shape[1] in (1, 3, 4) else 3 if spec.shape[3] in (1, 3) else 1 if spec.shape[1] == 0 else None
@@ -314,6 +329,10 @@ def _folder_pool(source: Path, spec: InputSpec, preprocess: Preprocess, seed: in
 
 def _array_pool(source: Path, inputs: Sequence[InputSpec], preprocess: Preprocess, seed: int) -> _Pool:
     arrays = load_arrays(source, [spec.name for spec in inputs])
+    for spec in inputs:
+        array = arrays[spec.name]
+        if not spec.batched and _fits(spec.shape[1:], array.shape):  # one picture, as the model takes it
+            arrays[spec.name] = array[None]
     counts = {name: len(array) if array.ndim else 0 for name, array in arrays.items()}
     if len(set(counts.values())) > 1 or not all(counts.values()):
         raise DataError(f"{source}: samples by array {counts}; save as many of each, and at least one")
@@ -324,7 +343,7 @@ def _array_pool(source: Path, inputs: Sequence[InputSpec], preprocess: Preproces
 
 def _array_reader(where: str, spec: InputSpec, array: Array, preprocess: Preprocess) -> Reader:
     image = _channel_axis(spec)
-    fits = array.ndim == len(spec.shape) and all(e in (0, got) for e, got in zip(spec.shape[1:], array.shape[1:], strict=True))
+    fits = _fits((0, *spec.shape[1:]), array.shape)
     if image and array.dtype == np.uint8 and not (fits and spec.dtype == np.uint8):
         if array.size and (array.ndim == 3 or (array.ndim == 4 and array.shape[3] in (1, 3, 4))):
             grey = array[..., 0] if array.shape[3:] == (1,) else array
@@ -333,6 +352,10 @@ def _array_reader(where: str, spec: InputSpec, array: Array, preprocess: Preproc
         return partial(read_array, where, array, spec.dtype)
     expected = _shown(spec.dtype, ("N", *spec.shape[1:])) + (" or pictures uint8 [N, H, W, 3]" if image else "")
     raise DataError(f"{where}: is {_shown(array.dtype, array.shape)}, the model expects {expected}; save it that way")
+
+
+def _fits(expected: Sequence[int | str], shape: Sequence[int]) -> bool:
+    return len(expected) == len(shape) and all(size in (0, got) for size, got in zip(expected, shape, strict=True))
 
 
 def _shown(dtype: np.dtype[Any], shape: Sequence[int | str]) -> str:

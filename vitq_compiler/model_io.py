@@ -233,9 +233,11 @@ def check_output(path: Path, model: Path) -> None:
     """
     if path.suffix.lower() == ".ort":
         convert = "python -m onnxruntime.tools.convert_onnx_models_to_ort"
-        raise OutputError(f"output {path}: .ort is onnxruntime's own format; write a name that ends in .onnx, and convert it with {convert}")
+        raise OutputError(
+            f"output {path}: .ort is onnxruntime's own format; write a name that ends in .onnx, and convert it with {convert}"
+        )
     if (kind := serialization.registry.get_format_from_file_extension(path.suffix)) not in (None, "protobuf"):
-        raise OutputError(f"output {path}: onnx reads {path.suffix} as {kind}, not as a binary model; write a name that ends in .onnx")
+        raise OutputError(f"output {path}: onnx reads {path.suffix} as {kind}, not as a binary model; give a name in .onnx")
     if path.exists() and any(file.exists() and path.samefile(file) for file in model_files(model)):
         raise OutputError(f"output {path}: is the input model or its data; give another name")
     if path.is_dir():

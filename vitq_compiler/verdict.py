@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 from itertools import tee
 from pathlib import Path
@@ -49,21 +49,20 @@ def validate(
     measure = _measure_in_turn if float_bytes > LARGE_MODEL else _measure_side_by_side
     outputs, latency, kernel_of = measure(floating, integer, c, unseen, count, one, settings)
     if c.target.may_saturate and saturation.saturates(c.graph):
-        outputs = _on_both_kinds_of_cpu(floating, c, unseen, count)
+        outputs = _on_both_kinds_of_cpu(floating, c, unseen)
     if not c.target.runs_here:
         kernel_of = c.target.kernels(c.graph)
     c.progress("timing", 2, 2)
     return Validation(f"onnxruntime {ort.__version__}", outputs, blocks, latency, float_bytes, proto_bytes(integer)), kernel_of
 
 
-def _on_both_kinds_of_cpu(floating: Path | Graph, c: Compilation, unseen: Batches, count: int) -> tuple[OutputRow, ...]:
+def _on_both_kinds_of_cpu(floating: Path | Graph, c: Compilation, unseen: Batches) -> tuple[OutputRow, ...]:
     """The accuracy where products of codes are exact, with the SQNR where they saturate beside it."""
 
     def compare(graph: Graph) -> tuple[OutputRow, ...]:
         a, b = tee(unseen())
         sessions = runtime.session(floating, threads=c.threads), runtime.session(graph, threads=c.threads)
-        both = validation.outputs(sessions[0], a, count), validation.outputs(sessions[1], b, count)
-        return validation.compare_outputs(c.graph.output_names, *both, c.annotations.class_outputs)
+        return _compare(c, validation.outputs(sessions[0], a), validation.outputs(sessions[1], b))
 
     exact, cut_off = compare(c.graph), compare(saturation.saturated(c.graph))
     return tuple(replace(row, saturated_db=other.sqnr_db) for row, other in zip(exact, cut_off, strict=True))
@@ -88,11 +87,10 @@ def _measure_side_by_side(
                 kernel_of = validation.kernels(onnx.load(path, load_external_data=False))
                 a, b = tee(unseen())
                 judged = pair[1] if c.providers == runtime.CPU else runtime.session(integer, threads=threads, providers=c.providers)
-                both = validation.outputs(pair[0], a, count), validation.outputs(judged, b, count, c.progress)
-                outputs = validation.compare_outputs(c.graph.output_names, *both, c.annotations.class_outputs)
+                outputs = _compare(c, validation.outputs(pair[0], a), validation.outputs(judged, b, _advance(c, count)))
         if c.target.runs_here:
             c.progress("timing", index, 2)
-            latency.insert(0, validation.time_pair(*pair, one, threads))
+            latency.insert(0, validation.time_pair(*pair, one, threads, runtime.sample_count(c.graph.inputs, one)))
         del pair
     return outputs, tuple(latency), kernel_of
 
@@ -109,7 +107,7 @@ def _measure_in_turn(
     for index, threads in enumerate(settings):
         session = runtime.session(floating, threads=threads, as_deployed=True)
         if index == 0:
-            references = list(validation.outputs(session, unseen(), count))
+            references = list(validation.outputs(session, unseen()))
         milliseconds.append([validation.time_alone(session, one)] if c.target.runs_here else [])
         del session
         runtime.release_memory()
@@ -121,18 +119,34 @@ def _measure_in_turn(
                 kernel_of = validation.kernels(onnx.load(path, load_external_data=False))
                 if c.providers != runtime.CPU:
                     session = runtime.session(c.graph, threads=threads, providers=c.providers)
-                results = validation.outputs(session, unseen(), count, c.progress)
-                rows = validation.compare_outputs(c.graph.output_names, references, results, c.annotations.class_outputs)
+                rows = _compare(c, references, validation.outputs(session, unseen(), _advance(c, count)))
         if c.target.runs_here:
             c.progress("timing", index, 2)
             milliseconds[index].append(validation.time_alone(session, one))
         del session
         runtime.release_memory()
-    batch = len(next(iter(one.values())))
+    batch = runtime.sample_count(c.graph.inputs, one)
     latency = (
         [LatencyRow(threads, batch, a, b, b / a) for threads, (a, b) in zip(settings, milliseconds, strict=True)] if milliseconds[0] else []
     )
     return rows, tuple(reversed(latency)), kernel_of
+
+
+def _compare(c: Compilation, floating: Iterable[list[Array]], integer: Iterable[list[Array]]) -> tuple[OutputRow, ...]:
+    batched = any(spec.batched for spec in c.graph.inputs)
+    return validation.compare_outputs(c.graph.output_names, floating, integer, c.annotations.class_outputs, batched=batched)
+
+
+def _advance(c: Compilation, total: int) -> Callable[[runtime.Feed], None]:
+    """Counts the samples that have been run."""
+    done = 0
+
+    def advance(feed: runtime.Feed) -> None:
+        nonlocal done
+        done += runtime.sample_count(c.graph.inputs, feed)
+        c.progress("validating", done, total)
+
+    return advance
 
 
 def linear_rows(c: Compilation, kernel_of: dict[str, str]) -> tuple[LinearRow, ...]:

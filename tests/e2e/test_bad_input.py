@@ -298,7 +298,7 @@ def test_words(folder: Path, words: str, fault: str) -> None:
         ("-o link.onnx", "is the input model"),
         ("-o hard.onnx", "is the input model"),
         ("-o none/out.onnx", "the folder none does not exist; create it first"),
-        ("-o out.ort", "out.ort: .ort is onnxruntime's own format; write a name that ends in .onnx, and convert it"),
+        ("-o out.ort", "out.ort: .ort is onnxruntime's own format; give a name in .onnx, and convert the file"),
         ("-o out.json", "onnx reads .json as json"),
         ("-o out.onnx --report none/r.json", "the folder none does not exist; create it first"),
         ("-o out.onnx --report sub", "is a directory; give a file name"),
