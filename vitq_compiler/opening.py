@@ -12,7 +12,7 @@ from vitq_compiler.errors import ModelError
 from vitq_compiler.graph import Graph
 from vitq_compiler.model_io import convert_opset, read_model
 from vitq_compiler.pipeline import Compilation, Pipeline
-from vitq_compiler.precision import half_type, widen
+from vitq_compiler.precision import HalfPrecision, find_half, widen
 from vitq_compiler.preprocess import Preprocess, resolve
 from vitq_compiler.preprocess_in_graph import leave_out
 from vitq_compiler.recipe import Recipe
@@ -26,12 +26,12 @@ class Opened:
 
     Attributes:
         graph: at the target's opset.
-        half: the half precision that the file is in, or empty.
+        half: what half precision the file has.
         boundary: the inputs and outputs that were of it, with their types; see `precision.narrow`.
     """
 
     graph: Graph
-    half: str
+    half: HalfPrecision
     boundary: dict[str, int]
 
 
@@ -42,7 +42,7 @@ def open_model(model: Path, target: Target) -> Opened:
         ModelError: it cannot be read, or not brought to the target's opset.
     """
     source = read_model(model)
-    half, boundary = half_type(source), widen(source)
+    half, boundary = find_half(source), widen(source)
     graph = Graph.from_proto(convert_opset(source, target.opset, model))
     graph.ir_version = target.ir_version
     graph.layouts = {picture.name: picture.layout for picture in find_pictures(graph) if picture.layout is not None}

@@ -5,15 +5,17 @@ from __future__ import annotations
 import os
 import tempfile
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import replace
+from dataclasses import asdict, replace
 from itertools import tee
 from pathlib import Path
+from typing import NamedTuple
 
 import onnx
 import onnxruntime as ort
 
 from vitq_compiler import runtime, saturation, validation
-from vitq_compiler.graph import LARGE_MODEL, Array, Graph, proto_bytes
+from vitq_compiler.blocks.ordering import sorted_outputs
+from vitq_compiler.graph import LARGE_MODEL, Array, Graph, Node, proto_bytes
 from vitq_compiler.pipeline import Compilation
 from vitq_compiler.quant import Edge
 from vitq_compiler.report import LatencyRow, LinearRow, OutputRow, Validation
@@ -43,6 +45,11 @@ def validate(
     if not count:
         unseen, count = c.data.calibration, c.data.calibration_count
         c.warnings.append("too few samples to keep any back: the accuracy figures are on the calibration samples themselves and flatter")
+    if unstable := sorted_outputs(c.graph):
+        c.warnings.append(
+            f"{', '.join(unstable)}: sorted by score (node {', '.join(dict.fromkeys(unstable.values()))}), an order that is unstable: entries "
+            "of nearly equal scores change places, and the figures then compare unlike ones; judge by what is made of these outputs"
+        )
     one = runtime.first_samples(c.graph.inputs, parity.feed, 1)
     every = c.threads or os.cpu_count() or 1
     settings = sorted({every, 1}, reverse=True) if c.target.runs_here else [every]
@@ -150,21 +157,43 @@ def _advance(c: Compilation, total: int) -> Callable[[runtime.Feed], None]:
 
 
 def linear_rows(c: Compilation, kernel_of: dict[str, str]) -> tuple[LinearRow, ...]:
-    """What became of every Linear layer; ``kernel_of`` is that of `validate`."""
-    rows = []
-    reasons = {note.where: note.reason for note in c.notes}
+    """What became of every Linear layer of the model as given; ``kernel_of`` is that of `validate`.
+
+    One that passes took apart is quantized, and integer, where all its parts are; not counted are products that they put beside it.
+    """
+    products: dict[str, list[tuple[str, Node]]] = {layer.name: [] for layer in c.annotations.layers}
     for linear in c.annotations.linears:
-        codes = c.codes.get(Edge(linear.name, 1))
-        kernel = kernel_of.get(codes or linear.weight.name, "")
-        integer = codes is not None and kernel in c.target.integer_kernels
-        reason = (
-            ""
-            if integer
-            else reasons.get(linear.name, "")
-            if codes is None
-            else f"the runtime computes it with {kernel or 'another operator'}"
+        for name in linear.layers if not linear.aside else ():
+            products[name].append((linear.name, linear.matmul))
+    for node in c.annotations.patch_embeddings:
+        products[node.name].append((node.name, node))
+    reasons = {note.where: note.reason for note in c.notes}
+    rows = []
+    for layer in c.annotations.layers:
+        parts = [_part(c, name, node, kernel_of, reasons) for name, node in products[layer.name]]
+        state = _Part(
+            all(part.quantized for part in parts),
+            ", ".join(dict.fromkeys(part.kernel for part in parts if part.kernel)),
+            all(part.integer for part in parts),
+            next((part.reason for part in parts if part.reason), ""),
         )
-        scope = c.graph.scope(linear.matmul)
-        size = (linear.in_features, linear.out_features)
-        rows.append(LinearRow(linear.name, scope, linear.role, linear.block, *size, codes is not None, kernel, integer, reason))
+        rows.append(LinearRow(**asdict(layer), **state._asdict(), parts=tuple(name for name, _ in products[layer.name])))
     return tuple(rows)
+
+
+class _Part(NamedTuple):
+    quantized: bool
+    kernel: str
+    integer: bool
+    reason: str
+
+
+def _part(c: Compilation, name: str, node: Node, kernel_of: dict[str, str], reasons: dict[str, str]) -> _Part:
+    """What became of the product ``node``, called ``name``; lowering has replaced it where its weight has codes."""
+    codes = c.codes.get(Edge(name, 1))
+    kernel = kernel_of.get(codes or node.inputs[1].name, "")
+    integer = codes is not None and kernel in c.target.integer_kernels
+    reason = "" if integer else reasons.get(name, "")
+    if codes is not None and not integer:
+        reason = f"the runtime computes it with {kernel or 'another operator'}"
+    return _Part(codes is not None, kernel, integer, reason)
