@@ -131,6 +131,8 @@ def open_data(
         raise DataError(f"{tried}; give a folder of pictures, one picture, or a .npz or .npy file")
     if len(chosen) < unit:
         raise DataError(f"{source}: {len(chosen)} samples, but the model's batch is fixed at {unit}; add samples or export a free batch")
+    pictures = {spec.name: (2, 3) if axis == 1 else (1, 2) for spec in inputs if (axis := _channel_axis(spec))}
+    notes += _check_variation(source, pool, chosen, pictures) if source else []
     calibrating, kept = _split(len(chosen) // unit, calibrating, validating)
     used, unseen, other = chosen[: calibrating * unit], chosen[calibrating * unit : (calibrating + kept) * unit], pool
     if validating and not kept:
@@ -141,7 +143,6 @@ def open_data(
     if samples % unit or validation_samples % unit:
         drawn = f"{len(used)} samples calibrate ({samples} asked for) and {len(unseen)} validate ({validation_samples} asked for)"
         notes.append(f"the model's batch is fixed at {unit}: {drawn}")
-    pictures = {spec.name: (2, 3) if axis == 1 else (1, 2) for spec in inputs if (axis := _channel_axis(spec))}
     if augment and not pictures:
         raise DataError(f"{augment} altered copies are asked for, and the model takes no pictures: leave them out")
     changes = [f"{augment} altered copies of each"] if augment else []
@@ -265,6 +266,31 @@ def _choose(pool: _Pool, total: int) -> tuple[list[int], list[tuple[str, str]]]:
         except _UnreadableError as error:
             skipped.append((pool.name(index), error.reason))
     return chosen, skipped
+
+
+def _check_variation(source: Path, pool: _Pool, chosen: Sequence[int], pictures: Mapping[str, tuple[int, int]]) -> list[str]:
+    """A warning where samples are alike; ``pictures`` are inputs with their axes of height and width.
+
+    Raises:
+        DataError: all samples are equal, and hold one number, or one colour.
+    """
+    samples = ({name: read(index) for name, read in pool.readers.items()} for index in chosen)
+    first = next(samples)
+    if any(not np.array_equal(array, first[name]) for sample in samples for name, array in sample.items()):
+        return []
+    if _is_flat(first, pictures):
+        what = "picture of one colour" if pictures else "sample of one number"
+        raise DataError(f"{source}: holds nothing but a {what}, on which no range shows; give data like those that the model will see")
+    alike = f"all {len(chosen)} samples of {source} are equal: ranges are those of one, and the accuracy is measured on it too"
+    return [alike] if len(chosen) > 1 else []
+
+
+def _is_flat(sample: Feed, pictures: Mapping[str, tuple[int, int]]) -> bool:
+    """Whether every picture is of one colour; where there is none, whether every array holds one number."""
+    if not pictures:
+        return all(array.size == 0 or bool((array == array.flat[0]).all()) for array in sample.values())
+    sides = {name: (height - 1, width - 1) for name, (height, width) in pictures.items()}  # in a sample, without the batch
+    return all(bool((sample[name] == sample[name].max(axes, keepdims=True)).all()) for name, axes in sides.items())
 
 
 def _open_pool(source: Path | None, inputs: Sequence[InputSpec], preprocess: Preprocess, seed: int) -> _Pool:

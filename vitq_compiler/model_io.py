@@ -233,9 +233,7 @@ def check_output(path: Path, model: Path) -> None:
     """
     if path.suffix.lower() == ".ort":
         convert = "python -m onnxruntime.tools.convert_onnx_models_to_ort"
-        raise OutputError(
-            f"output {path}: .ort is onnxruntime's own format; write a name that ends in .onnx, and convert it with {convert}"
-        )
+        raise OutputError(f"output {path}: .ort is onnxruntime's own format; give a name in .onnx, and convert the file with {convert}")
     if (kind := serialization.registry.get_format_from_file_extension(path.suffix)) not in (None, "protobuf"):
         raise OutputError(f"output {path}: onnx reads {path.suffix} as {kind}, not as a binary model; give a name in .onnx")
     if path.exists() and any(file.exists() and path.samefile(file) for file in model_files(model)):

@@ -96,6 +96,7 @@ class OutputRow:
         cosine: cosine similarity of the flattened outputs, NaN likewise.
         agreement: part of samples with the same top-1, or None where the output does not look like logits or class ids.
         saturated_db: the SQNR on x86 CPUs without VNNI, where that differs; None where products of codes cannot saturate.
+        varies: whether the float output differs between samples.
     """
 
     name: str
@@ -103,6 +104,7 @@ class OutputRow:
     cosine: float
     agreement: float | None
     saturated_db: float | None = None
+    varies: bool = True
 
 
 @dataclass(frozen=True)

@@ -48,7 +48,8 @@ def compare_outputs(
         reference, other = (_together([p[side][index] for p in pairs], batched) for side in (0, 1))
         decides = name in classes or reference.dtype.kind in "iu"
         numbers = (metrics.sqnr(reference, other), metrics.cosine(reference, other)) if reference.dtype.kind == "f" else (nan, nan)
-        rows.append(OutputRow(name, *numbers, metrics.agreement(reference, other) if decides else None))
+        agreement = metrics.agreement(reference, other) if decides else None
+        rows.append(OutputRow(name, *numbers, agreement, varies=metrics.varies(reference)))
     return tuple(rows)
 
 

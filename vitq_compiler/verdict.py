@@ -46,9 +46,10 @@ def validate(
         unseen, count = c.data.calibration, c.data.calibration_count
         c.warnings.append("too few samples to keep any back: the accuracy figures are on the calibration samples themselves and flatter")
     if unstable := sorted_outputs(c.graph):
+        sorting = ", ".join(dict.fromkeys(unstable.values()))
         c.warnings.append(
-            f"{', '.join(unstable)}: sorted by score (node {', '.join(dict.fromkeys(unstable.values()))}), an order that is unstable: entries "
-            "of nearly equal scores change places, and the figures then compare unlike ones; judge by what is made of these outputs"
+            f"{', '.join(unstable)}: sorted by score (node {sorting}), and that order is unstable: entries of nearly equal scores change "
+            "places, and the figures then compare unlike ones; judge by what is made of these outputs"
         )
     one = runtime.first_samples(c.graph.inputs, parity.feed, 1)
     every = c.threads or os.cpu_count() or 1
@@ -57,6 +58,11 @@ def validate(
     outputs, latency, kernel_of = measure(floating, integer, c, unseen, count, one, settings)
     if c.target.may_saturate and saturation.saturates(c.graph):
         outputs = _on_both_kinds_of_cpu(floating, c, unseen)
+    if count > 1 and not any(row.varies for row in outputs):
+        c.warnings.append(
+            f"the float model gives the same for all {count} samples that it was validated on: on such data its layers show no ranges, and "
+            "the figures mean nothing; check the calibration data and the preprocessing"
+        )
     if not c.target.runs_here:
         kernel_of = c.target.kernels(c.graph)
     c.progress("timing", 2, 2)
