@@ -71,8 +71,9 @@ def leave_out(wanted: Preprocess, picture: Picture, spec: InputSpec, *, told: bo
         return as_it_is, []
     if not wanted.assumed and not graph.offset.any() and (graph.scale == graph.scale[0]).all() and graph.scale[0] > 0:
         scaled = Affine(own.scale / graph.scale[0], own.offset / graph.scale[0])
+        kept = Affine(scaled.scale[::-1], scaled.offset[::-1]) if wanted.flip and len(scaled.scale) == 3 else scaled  # it turns in the end
         source = f"{wanted.source}, without its scale: the graph itself computes {_formula(picture, scaled)}{_resizing(picture)}"
-        return replace(wanted, rescale=1.0, std=_numbers(1 / scaled.scale), mean=_numbers(-scaled.offset / scaled.scale), source=source), []
+        return replace(wanted, rescale=1.0, std=_numbers(1 / kept.scale), mean=_numbers(-kept.offset / kept.scale), source=source), []
     if not told:
         if any(bounds.hold(_after(graph, PIXELS)) for bounds in (OF_PIXELS, OF_CENTRED_PIXELS)):
             return _raw(wanted, picture, PIXELS, "pixels 0..255"), _contradiction(wanted, picture, PIXELS)
