@@ -24,7 +24,7 @@ from vitq_compiler.pipeline import Compilation, Fact, Pass
 from vitq_compiler.qdq import simulate
 from vitq_compiler.quant import Edge, QuantParams, QuantSpec
 from vitq_compiler.report import AttentionRow
-from vitq_compiler.runtime import Feed, first_samples, run_all, sample_count, session
+from vitq_compiler.runtime import Feed, limited, run_all, sample_count, session
 
 
 @dataclass(frozen=True)
@@ -67,14 +67,8 @@ class PriceAttention(Pass):
 
     def _feeds(self, c: Compilation) -> list[Feed]:
         """The first held-back images; calibration's where none are."""
-        feeds: list[Feed] = []
-        left = self.images
-        for feed in c.data.validation() if c.data.validation_count else c.data.calibration():
-            feeds.append(first_samples(c.graph.inputs, feed, left))
-            left -= sample_count(c.graph.inputs, feeds[-1])
-            if left <= 0:
-                break
-        return feeds
+        samples = c.data.validation() if c.data.validation_count else c.data.calibration()
+        return list(limited(c.graph.inputs, samples, self.images))
 
     def _outputs(self, graph: Path | Graph, c: Compilation, feeds: Sequence[Feed]) -> list[Array]:
         """Those outputs on all batches that hold classes, or all in float where none does."""

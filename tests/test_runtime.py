@@ -131,6 +131,15 @@ def test_samples_of_a_batch() -> None:
     assert runtime.first_samples([fixed], feed, 2) is feed, "it takes nothing less"
 
 
+def test_the_first_samples_of_many_batches() -> None:
+    free, fixed = (InputSpec("x", np.dtype("float32"), (size, 3)) for size in ("n", 4))
+    feeds = [{"x": np.full((4, 3), number, np.float32)} for number in range(3)]
+    assert [len(feed["x"]) for feed in runtime.limited([free], feeds, 6)] == [4, 2]
+    assert [len(feed["x"]) for feed in runtime.limited([free], feeds, 4)] == [4]
+    assert [len(feed["x"]) for feed in runtime.limited([fixed], feeds, 6)] == [4, 4]
+    assert len(list(runtime.limited([free], feeds, 99))) == 3
+
+
 def test_a_picture_without_a_batch_is_one_sample_whatever_its_height() -> None:
     spec = InputSpec("x", np.dtype("uint8"), ("h", "w", 3), Layout(batched=False, channels=2))
     feed = {"x": np.zeros((48, 64, 3), np.uint8)}

@@ -6,7 +6,7 @@ import ctypes
 import gc
 import sys
 import tempfile
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -189,6 +189,16 @@ def some_samples(inputs: Sequence[InputSpec], feed: Feed, first: int, last: int)
 def first_samples(inputs: Sequence[InputSpec], feed: Feed, count: int) -> Feed:
     """The first ``count`` of `some_samples`."""
     return some_samples(inputs, feed, 0, count)
+
+
+def limited(inputs: Sequence[InputSpec], batches: Iterable[Feed], count: int) -> Iterator[Feed]:
+    """Batches of the first ``count`` samples of ``batches``; more only where the model fixes its batch."""
+    left = count
+    for feed in batches:
+        if left <= 0:
+            break
+        yield (part := first_samples(inputs, feed, left))
+        left -= sample_count(inputs, part)
 
 
 def supports(op: str, opset: int) -> bool:
