@@ -38,7 +38,7 @@ def _part(graph: Graph, linear: Linear, view: HeadView, name: str) -> Linear:
     """The output features of ``view`` as a Linear of their own, called ``name``."""
     weight = graph.constant(f"{linear.weight.name}/part", value(linear.weight)[:, view.columns])
     output = graph.insert("MatMul", [linear.input, weight], name=name)
-    part = Linear(output.inputs[0], None, linear.role, linear.block)
+    part = Linear(output.inputs[0], None, linear.role, linear.block, linear.layers)
     if linear.bias is not None:
         bias = graph.constant(f"{linear.bias.name}/part", value(linear.bias)[view.columns])
         output = graph.insert("Add", [output, bias], name=f"{name}/add")

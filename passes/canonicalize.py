@@ -60,7 +60,7 @@ def fold_constant_nodes(graph: Graph) -> int:
 
 def fold_static(graph: Graph, threads: int, note: Callable[[str], None]) -> int:
     """Replace static tensors by constants or by functions of the batch; returns how many."""
-    open_sizes = [d for spec in graph.inputs for d in spec.shape[1:] if not (isinstance(d, int) and d > 0)]
+    open_sizes = [d for spec in graph.inputs for d in spec.shape[spec.batched :] if not (isinstance(d, int) and d > 0)]
     static = _static_nodes(graph, through_shapes=not open_sizes)
     frontier = [
         t for n in graph.nodes if id(n) in static for t in n.outputs if graph.is_output(t) or any(id(r) not in static for r in readers(t))

@@ -66,7 +66,7 @@ def _linearize(graph: Graph, node: Node) -> Linear:
     patches = graph.add("Reshape", [ordered, flat], name=f"{node.name}/patches")
     matrix = graph.constant(f"{node.inputs[1].name}/matrix", weight.reshape(out_channels, -1).T)
     output = graph.insert("MatMul", [patches, matrix], name=f"{node.name}/linear", like=tokens)
-    linear = Linear(output.inputs[0], None, role="patch_embed")
+    linear = Linear(output.inputs[0], None, role="patch_embed", layers=(node.name,))
     if len(node.inputs) > 2:
         bias = graph.constant(f"{node.inputs[2].name}/vector", value(node.inputs[2]))
         output = graph.insert("Add", [output, bias], name=f"{node.name}/add", like=tokens)

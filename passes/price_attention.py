@@ -24,7 +24,7 @@ from vitq_compiler.pipeline import Compilation, Fact, Pass
 from vitq_compiler.qdq import simulate
 from vitq_compiler.quant import Edge, QuantParams, QuantSpec
 from vitq_compiler.report import AttentionRow
-from vitq_compiler.runtime import Feed, first_samples, run_all, session
+from vitq_compiler.runtime import Feed, limited, run_all, sample_count, session
 
 
 @dataclass(frozen=True)
@@ -47,7 +47,7 @@ class PriceAttention(Pass):
             self.note(c, "the graph", "the choices of --attention are not priced: the model is large")
             return 0
         feeds = self._feeds(c)
-        images = sum(len(next(iter(feed.values()))) for feed in feeds)
+        images = sum(sample_count(c.graph.inputs, feed) for feed in feeds)
         reference = self._outputs(c.floating or c.graph, c, feeds)
         operands = {edge for attention in c.annotations.attentions for edge in attention.edges.values()}
         own = {edge: params for edge, params in c.params.items() if edge in operands}
@@ -67,14 +67,8 @@ class PriceAttention(Pass):
 
     def _feeds(self, c: Compilation) -> list[Feed]:
         """The first held-back images; calibration's where none are."""
-        feeds: list[Feed] = []
-        left = self.images
-        for feed in c.data.validation() if c.data.validation_count else c.data.calibration():
-            feeds.append(first_samples(c.graph.inputs, feed, left))
-            left -= len(next(iter(feeds[-1].values())))
-            if left <= 0:
-                break
-        return feeds
+        samples = c.data.validation() if c.data.validation_count else c.data.calibration()
+        return list(limited(c.graph.inputs, samples, self.images))
 
     def _outputs(self, graph: Path | Graph, c: Compilation, feeds: Sequence[Feed]) -> list[Array]:
         """Those outputs on all batches that hold classes, or all in float where none does."""

@@ -24,6 +24,7 @@ from vitq_compiler.pipeline import Compilation, Fact, Pass
 from vitq_compiler.quant import Edge, QuantParams, fake_quantize
 from vitq_compiler.repair import repairable
 from vitq_compiler.rounding import feed_back, feedback_factor
+from vitq_compiler.runtime import limited, sample_count
 from vitq_compiler.sampling import Samples, sample_rows
 from vitq_compiler.weight_scales import widened
 
@@ -61,11 +62,8 @@ class RoundWithFeedback(Pass):
         if not names:
             return {}
         images = min(c.data.calibration_count, max(8, -(-self.rows // TOKENS)))
-        batches, found = c.data.calibration(), 0
-        kept = []
-        while found < images and (feed := next(batches, None)) is not None:
-            kept.append(feed)
-            found += len(next(iter(feed.values())))
+        kept = list(limited(c.graph.inputs, c.data.calibration(), images))
+        found = sum(sample_count(c.graph.inputs, feed) for feed in kept)
         return sample_rows(c.graph, names, kept, found, rows=self.rows, threads=c.threads, progress=c.progress)
 
     def _round(self, c: Compilation, linears: list[Linear], samples: dict[str, Samples]) -> None:

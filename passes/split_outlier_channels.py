@@ -102,7 +102,7 @@ def _linear(
     graph = c.graph
     name = f"{like.name}/outliers"
     output = graph.insert("MatMul", [x, graph.constant(f"{name}/weight", weight)], name=name, like=like.output)
-    linear = Linear(output.inputs[0], None, like.role, like.block)
+    linear = Linear(output.inputs[0], None, like.role, like.block, like.layers, aside=True)
     if bias is not None:
         output.shape = [*shape, weight.shape[1]]
         output = graph.insert("Add", [output, graph.constant(f"{name}/bias", bias)], name=f"{name}/add", like=like.output)

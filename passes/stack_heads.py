@@ -95,6 +95,7 @@ def _stack(c: Compilation, attention: Attention) -> None:
     elif any(v.linear.bias is not None for v in views):
         add_to_bias(graph, linear, bias)
     for other in merged:
+        linear.layers += other.layers
         c.annotations.linears.remove(other)
         c.move_specs(other.name, [linear.name])
     for tensor in {id(t): t for t in (linear.matmul.outputs[0], linear.output)}.values():

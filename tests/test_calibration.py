@@ -8,7 +8,7 @@ import pytest
 from tests.builders import Feed, compilation, graph_of, vit
 from vitq_compiler.calibration import CalibrationTable, ChannelStatistics, collect
 from vitq_compiler.errors import ModelError
-from vitq_compiler.graph import Graph
+from vitq_compiler.graph import Graph, Layout
 from vitq_compiler.pipeline import silent
 
 TEXT = "g (float[B, 3, 4] x) => (float[B, 3, 4] y) { a = Mul(x, w) y = Neg(a) }"
@@ -90,6 +90,31 @@ def test_tensors_that_are_not_finite_are_refused(bad: float) -> None:
         gather(graph_of(TEXT, w=W), {"x": (-1,)}, feeds)
 
 
+@pytest.mark.parametrize("sizes", [(10,), (4, 4, 2), (3, 7), (1,) * 10])
+@pytest.mark.parametrize("text", [TEXT, "g (float[B, 3, 4] x) => (float[M, 4] y) { a = Reshape(x, rows) y = Neg(a) }"])
+def test_however_samples_are_divided_into_batches_the_statistics_are_the_same(text: str, sizes: tuple[int, ...]) -> None:
+    everything = np.random.default_rng(0).normal(3, 1, (10, 3, 4)).astype(np.float32)
+    everything[:4] += 100  # samples unlike the others
+    parts = np.split(everything, np.cumsum(sizes)[:-1])
+    graph = graph_of(text, w=W, rows=np.array([-1, 4]))
+    table = gather(graph, {"a": (-1,)}, [{"x": part} for part in parts])
+    whole = gather(graph, {"a": (-1,)}, [{"x": everything}])
+    for name in ("low", "high", "mean"):
+        seen = getattr(table.statistics["a"], name)
+        np.testing.assert_array_equal(seen, getattr(whole.statistics["a"], name))
+        assert seen.dtype == np.float32
+    assert (table.samples, table.statistics["a"].samples) == (10, 10)
+
+
+def test_a_picture_without_a_batch_is_one_sample() -> None:
+    graph = graph_of("g (float[3, 4] x) => (float[3, 4] y) { y = Neg(x) }")
+    graph.layouts = {"x": Layout(batched=False, channels=0)}
+    feeds = [{"x": np.full((3, 4), number, np.float32)} for number in (1, 5, 6)]
+    table = gather(graph, {"y": (-1,)}, feeds)
+    np.testing.assert_array_equal(table.statistics["y"].mean, [-4] * 4)
+    assert table.samples == 3
+
+
 def test_progress_and_laziness() -> None:
     told: list[tuple[str, int, int]] = []
     asked: list[int] = []
@@ -105,18 +130,19 @@ def test_progress_and_laziness() -> None:
     assert asked == [0, 1, 2]
 
 
-def statistics(low: list[float], high: list[float], mean: list[float]) -> ChannelStatistics:
-    return ChannelStatistics(*(np.array(x, np.float32) for x in (low, high, mean)))
+def statistics(low: list[float], high: list[float], mean: list[float], samples: int = 1) -> ChannelStatistics:
+    low_, high_, mean_ = (np.array(x, np.float32) for x in (low, high, mean))
+    return ChannelStatistics(low_, high_, mean_, samples)
 
 
 def test_merge_and_update() -> None:
     table = CalibrationTable()
     table.update("t", statistics([-1, 0], [1, 5], [0, 3]))
     table.update("t", statistics([0, -3], [2, 4], [1, 0]))
-    table.update("t", statistics([0, 0], [0, 0], [0.5, 6]))
+    table.update("t", statistics([0, 0], [0, 0], [0.25, 7.5], samples=2))
     np.testing.assert_array_equal(table.statistics["t"].low, [-1, -3])
     np.testing.assert_array_equal(table.statistics["t"].high, [2, 5])
-    np.testing.assert_allclose(table.statistics["t"].mean, [0.5, 3], rtol=1e-6)
+    np.testing.assert_allclose(table.statistics["t"].mean, [0.375, 4.5], rtol=1e-6)
 
 
 def test_rescale_follows_the_rewrite() -> None:

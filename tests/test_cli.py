@@ -18,7 +18,7 @@ from tests.sample_report import MET, MISSED, sample_report
 from vitq_compiler import catalog, compiler, registry
 from vitq_compiler.cli import PROGRAM, main
 from vitq_compiler.destination import Destination
-from vitq_compiler.errors import ModelError, PassError, RecipeError
+from vitq_compiler.errors import InvariantError, ModelError, PassError, RecipeError
 from vitq_compiler.model_source import ModelSource
 from vitq_compiler.report import CompileReport
 
@@ -219,6 +219,7 @@ def test_usage_errors(compile_: Compile, words: str, fault: str) -> None:
         (ModelError("model vit.onnx: no such file"), "error: model vit.onnx: no such file"),
         (RecipeError("two\nlines \x1b[2J"), r"error: two lines \x1b[2J"),
         (OSError(errno.ENOSPC, "No space left on device", "x.onnx"), "error: x.onnx: No space left on device"),
+        (MemoryError("Unable to allocate 9 EiB"), "error: out of memory: Unable to allocate 9 EiB; give it more"),
     ],
 )
 @pytest.mark.parametrize("flag", ["-q", "-v"])
@@ -227,7 +228,7 @@ def test_errors_are_one_line(compile_: Compile, error: Exception, line: str, fla
     result = run("vit.onnx", flag)
     assert (result.exit_code, result.stdout) == (2, "")
     assert result.stderr.splitlines()[-1] == f"{PROGRAM}: {line}"
-    assert ("Traceback" in result.stderr) == (flag == "-v" and isinstance(error, OSError))
+    assert ("Traceback" in result.stderr) == (flag == "-v" and isinstance(error, OSError | MemoryError))
 
 
 def test_a_bug_asks_for_a_report(compile_: Compile) -> None:
@@ -236,8 +237,16 @@ def test_a_bug_asks_for_a_report(compile_: Compile) -> None:
     verbose = run("vit.onnx", "-v")
     assert verbose.exit_code == 1
     assert "Traceback" in verbose.stderr
-    compile_.result = PassError("legalize", (), "KeyError")
-    assert "Traceback" in run("vit.onnx", "-v").stderr
+
+
+@pytest.mark.parametrize(
+    "error", [PassError("legalize", ("annotate",), "KeyError: 'x'"), InvariantError("pass legalize changed the outputs")]
+)
+def test_a_bug_that_a_pipeline_wraps_is_one_too(compile_: Compile, error: Exception) -> None:
+    compile_.result = error
+    assert f"internal error: {error}; this is a bug in vitq-compile; please report it" in one_line(run("vit.onnx", "-q"), 1)
+    verbose = run("vit.onnx", "-v")
+    assert (verbose.exit_code, "Traceback" in verbose.stderr) == (1, True)
 
 
 def test_interrupts(compile_: Compile) -> None:

@@ -40,11 +40,18 @@ def colours(feeds: Iterable[Feed]) -> list[int]:
 
 
 def folder(path: Path, count: int, start: int = 1) -> Path:
-    """``count`` pictures whose colour is their number; two levels of folders."""
+    """``count`` pictures whose colour is their number, but for a corner; two levels of folders."""
     (path / "sub").mkdir(parents=True, exist_ok=True)
     for number in range(start, start + count):
-        Image.new("RGB", (9, 7), (number, 0, 0)).save(path / ("sub" if number % 2 else ".") / f"{number:03}.png")
+        plain(number).save(path / ("sub" if number % 2 else ".") / f"{number:03}.png")
     return path
+
+
+def plain(red: int) -> Image.Image:
+    """A picture of one colour, but for its lower right corner."""
+    image = Image.new("RGB", (9, 7), (red, 0, 0))
+    image.putpixel((8, 6), (red, 255, 0))
+    return image
 
 
 def truncated(path: Path) -> None:
@@ -132,7 +139,7 @@ def test_single_image_is_validated_on_built_in_ones(tmp_path: Path) -> None:
 
 def test_one_image_file(tmp_path: Path) -> None:
     path = tmp_path / "no suffix"
-    Image.new("RGB", (9, 7), (40, 0, 0)).save(path, "png")
+    plain(40).save(path, "png")
     data = open_folder(path)
     assert (data.calibration_count, data.validation_count) == (1, 16)
     assert data.description == f"1 images from {path}"
@@ -387,6 +394,11 @@ def numbered(count: int, *shape: int, dtype: str = "float32") -> NDArray[Any]:
     return np.broadcast_to(np.arange(count, dtype=dtype).reshape(-1, *(1,) * len(shape)), (count, *shape)).copy()
 
 
+def ramps(count: int, *shape: int, dtype: str = "float32") -> NDArray[Any]:
+    """Equal samples that count through their elements."""
+    return np.broadcast_to((np.arange(np.prod(shape)) % 200).astype(dtype).reshape(1, *shape), (count, *shape)).copy()
+
+
 def save(path: Path, **arrays: Any) -> Path:
     np.savez(path, **arrays)
     return path
@@ -444,13 +456,13 @@ def test_uint8_arrays_for_a_uint8_model_are_fed_as_they_are(tmp_path: Path) -> N
 
 
 def test_single_sample_of_no_image_has_no_validation(tmp_path: Path) -> None:
-    data = open_data(save(tmp_path / "one.npz", a=numbered(1, 4)), TWO[:1], NONE)
+    data = open_data(save(tmp_path / "one.npz", a=ramps(1, 4)), TWO[:1], NONE)
     assert (data.calibration_count, data.validation_count, list(data.validation())) == (1, 0, [])
     assert data.warnings[0].endswith("validated on nothing")
 
 
 def test_single_sample_of_an_image_is_validated_on_built_in_ones(tmp_path: Path) -> None:
-    data = open_data(save(tmp_path / "one.npz", pixels=numbered(1, 3, 8, 8)), [IMAGE], NONE)
+    data = open_data(save(tmp_path / "one.npz", pixels=ramps(1, 3, 8, 8)), [IMAGE], NONE)
     assert (data.calibration_count, data.validation_count, data.preprocess) == (1, 16, NONE)
 
 
@@ -527,7 +539,7 @@ def test_truncated_and_empty_npy(tmp_path: Path) -> None:
 
 
 def test_npy_is_not_read_into_memory(tmp_path: Path) -> None:
-    np.save(tmp_path / "big.npy", np.zeros((2000, 3, 32, 32), np.float32))  # 25 MB
+    np.save(tmp_path / "big.npy", ramps(2000, 3, 32, 32))  # 25 MB
     tracemalloc.start()
     list(open_data(tmp_path / "big.npy", [spec("n", 3, 32, 32)], NONE).calibration())
     _, most = tracemalloc.get_traced_memory()

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from vitq_compiler.metrics import agreement, cosine, max_relative_error, sqnr
+from vitq_compiler.metrics import agreement, cosine, max_relative_error, sqnr, varies
 
 
 def test_sqnr_of_known_noise() -> None:
@@ -42,3 +42,13 @@ def test_max_relative_error() -> None:
     assert max_relative_error(np.zeros(2), np.ones(2)) == 1.0
     assert max_relative_error(np.ones(2), np.array([1.0, np.nan])) == float("inf")
     assert max_relative_error(np.ones(2), np.ones(3)) == float("inf")
+
+
+def test_whether_samples_vary() -> None:
+    still = np.ones((4, 3), np.float32)
+    moved = still.copy()
+    moved[2, 1] += 1e-3
+    assert (varies(still), varies(moved), varies(still + 1e-8 * np.arange(4)[:, None])) == (False, True, False)
+    assert varies(np.zeros((1, 3))), "of a single sample nobody can tell"
+    assert varies(np.full((2, 3), np.nan)), "what is not finite is told elsewhere"
+    assert not varies(np.zeros((3, 2), np.int64))

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.builders import compilation, find_pass, graph_of
-from vitq_compiler.errors import ModelError, PassError, RecipeError
+from vitq_compiler.errors import ModelError, PassError, RecipeError, VitqError
 from vitq_compiler.pipeline import Compilation, Fact, Note, Pass, PassResult, Pipeline
 from vitq_compiler.quant import Edge, QuantSpec
 
@@ -80,6 +80,8 @@ class Fail(Pass):
     def run(self, c: Compilation) -> int:
         if self.how == "user":
             raise ModelError("no softmax")
+        if self.how == "disk":
+            raise OSError(28, "No space left on device")
         raise IndexError("list index out of range")
 
 
@@ -287,11 +289,14 @@ def test_a_bug_in_a_pass_becomes_a_pass_error() -> None:
     assert caught.value.name == "fail"
     assert caught.value.ran_before == ("start", "tune")
     assert isinstance(caught.value.__cause__, IndexError)
+    assert not isinstance(caught.value, VitqError), "the user did not cause it"
 
 
-def test_a_fault_of_the_user_keeps_its_type() -> None:
+def test_a_fault_of_the_user_or_of_the_system_keeps_its_type() -> None:
     with pytest.raises(ModelError, match=r"^no softmax$"):
         parse("start,fail{how=user}").run(tiny())
+    with pytest.raises(OSError, match="No space left"):
+        parse("start,fail{how=disk}").run(tiny())
 
 
 def test_a_hook_can_stop_the_run() -> None:

@@ -9,7 +9,7 @@ from onnx import TensorProto, numpy_helper
 
 from tests.builders import DIALECTS, Dialect, Sizes, difference, feed_of, model_of, run_model, vit
 from vitq_compiler.compiler import compile
-from vitq_compiler.precision import half_type, narrow, widen
+from vitq_compiler.precision import HalfPrecision, find_half, narrow, widen
 
 TEXT = """g (float16[B, 4] x, int64[B, 4] i) => (float16[B, 4] y, float[B, 4] z, int64[B, 4] j) {
     a = MatMul(x, w) z = Cast <to = 1> (a) s = Add(z, z) b = Cast <to = 10> (s) k = Constant <value = float16[1] {16384}> ()
@@ -38,9 +38,9 @@ def halved(model: onnx.ModelProto, kind: int) -> onnx.ModelProto:
 
 def test_everything_is_widened_and_the_boundary_remembered() -> None:
     model = model_of(TEXT, w=np.eye(4, dtype=np.float16))
-    assert half_type(model) == "float16"
+    assert find_half(model) == HalfPrecision("float16", computes=True)
     assert widen(model) == {"x": TensorProto.FLOAT16, "y": TensorProto.FLOAT16}
-    assert half_type(model) == ""
+    assert find_half(model) == HalfPrecision("", computes=False)
     x = np.arange(8, dtype=np.float32).reshape(2, 4)
     y, z, j = run_model(model, {"x": x, "i": np.ones((2, 4), np.int64)})
     np.testing.assert_array_equal(y, 4 * x)
@@ -71,9 +71,64 @@ def test_an_output_that_is_read_inside() -> None:
 def test_float32_models_have_nothing_to_widen() -> None:
     model = vit()
     before = model.SerializeToString()
-    assert half_type(model) == ""
+    assert find_half(model) == HalfPrecision("", computes=False)
     assert widen(model) == {}
     assert model.SerializeToString() == before
+
+
+STORED = "g (float[B, 4] x) => (float[B, 3] y) {{ {how} y = MatMul(x, w32) }}"
+
+
+@pytest.mark.parametrize(
+    ("text", "computes"),
+    [
+        (STORED.format(how="w32 = Cast <to = 1> (w)"), False),
+        (STORED.format(how="t = Transpose(w) u = Transpose(t) w32 = Cast <to = 1> (u)"), False),
+        (STORED.format(how="k = Identity(w) w32 = Cast <to = 1> (k)"), False),
+        (STORED.format(how="k = Mul(w, w) w32 = Cast <to = 1> (k)"), True),
+        ("g (float[B, 4] x) => (float[B, 3] y) { h = Cast <to = 10> (x) m = MatMul(h, w) y = Cast <to = 1> (m) }", True),
+        ("g (float16[B, 4] x) => (float[B, 3] y) { h = Cast <to = 1> (x) w32 = Cast <to = 1> (w) y = MatMul(h, w32) }", True),
+    ],
+)
+def test_weights_in_half_precision_are_not_a_model_in_half_precision(text: str, computes: bool) -> None:
+    assert find_half(model_of(text, w=np.ones((4, 3), np.float16))) == HalfPrecision("float16", computes)
+
+
+def with_stored_weights(model: onnx.ModelProto) -> onnx.ModelProto:
+    """The same model in float32, its matrices stored as float16 behind Cast."""
+    copy, casts = onnx.ModelProto(), []
+    copy.CopyFrom(model)
+    for tensor in copy.graph.initializer:
+        if tensor.data_type == TensorProto.FLOAT and len(tensor.dims) > 1:
+            casts.append(onnx.helper.make_node("Cast", [f"{tensor.name}_half"], [tensor.name], to=TensorProto.FLOAT))
+            tensor.CopyFrom(numpy_helper.from_array(numpy_helper.to_array(tensor).astype(np.float16), f"{tensor.name}_half"))
+    nodes = [*casts, *copy.graph.node]
+    del copy.graph.node[:]
+    copy.graph.node.extend(nodes)
+    return copy
+
+
+def test_a_model_with_weights_in_half_precision_is_called_what_it_is(tmp_path: Path) -> None:
+    onnx.save(with_stored_weights(vit(Sizes(image=16, width=32, heads=2, hidden=64))), tmp_path / "vit.onnx")
+    report = compile(tmp_path / "vit.onnx", tmp_path / "out.onnx", samples=8, threads=1)
+    (told,) = (warning for warning in report.warnings if "float16" in warning)
+    assert told == "the model computes in float32 and only stores weights in float16: compiled from these, as float32"
+    result = onnx.load(tmp_path / "out.onnx")
+    assert {v.type.tensor_type.elem_type for v in (*result.graph.input, *result.graph.output)} == {TensorProto.FLOAT}
+    assert report.validation.outputs[0].sqnr_db > 20
+
+
+def test_half_precision_between_float32_inputs_and_outputs_is_told(tmp_path: Path) -> None:
+    model = halved(vit(Sizes(image=16, width=32, heads=2, hidden=64)), TensorProto.FLOAT16)
+    model.graph.input[0].type.tensor_type.elem_type = TensorProto.FLOAT
+    for node in model.graph.node:
+        node.input[:] = ["narrow" if name == "image" else name for name in node.input]
+    nodes = [onnx.helper.make_node("Cast", ["image"], ["narrow"], to=TensorProto.FLOAT16), *model.graph.node]
+    del model.graph.node[:]
+    model.graph.node.extend(nodes)
+    onnx.save(model, tmp_path / "vit.onnx")
+    report = compile(tmp_path / "vit.onnx", samples=8, threads=1)
+    assert "the model computes in float16: compiled from its weights in float32, logits in float16" in report.warnings
 
 
 @pytest.mark.parametrize("dialect", DIALECTS.values(), ids=DIALECTS)

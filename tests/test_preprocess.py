@@ -330,9 +330,9 @@ def test_text_wins_over_files(tmp_path: Path) -> None:
 
 
 def test_imagenet_by_default(tmp_path: Path) -> None:
-    assert resolve(None, None) == replace(IMAGENET, source="imagenet (default)")
+    assert resolve(None, None) == replace(IMAGENET, source="imagenet (default)", assumed=True)
     source = "imagenet (default: no preprocessor_config.json or config.json with mean and std beside the model)"
-    assert resolve(None, tmp_path / "model.onnx") == replace(IMAGENET, source=source)
+    assert resolve(None, tmp_path / "model.onnx") == replace(IMAGENET, source=source, assumed=True)
 
 
 def test_timm(tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ import pytest
 from tests.builders import graph_of, model_of, run_model
 from vitq_compiler import runtime
 from vitq_compiler.errors import TargetError
-from vitq_compiler.graph import InputSpec
+from vitq_compiler.graph import InputSpec, Layout
 
 DOUBLE_RELU = "g (float[B, 4] x) => (float[B, 4] y) { a = Relu(x) b = Identity(a) y = Relu(b) }"
 
@@ -120,3 +120,31 @@ def test_optimized_shows_what_the_optimizer_left() -> None:
 )
 def test_first_line(error: Exception, line: str) -> None:
     assert runtime.first_line(error) == line
+
+
+def test_samples_of_a_batch() -> None:
+    free, fixed = (InputSpec("x", np.dtype("float32"), (size, 3)) for size in ("n", 4))
+    feed = {"x": np.arange(12, dtype=np.float32).reshape(4, 3)}
+    assert runtime.sample_count([free], feed) == runtime.sample_count([fixed], feed) == 4
+    np.testing.assert_array_equal(runtime.first_samples([free], feed, 2)["x"], feed["x"][:2])
+    np.testing.assert_array_equal(runtime.some_samples([free], feed, 1, 2)["x"], feed["x"][1:2])
+    assert runtime.first_samples([fixed], feed, 2) is feed, "it takes nothing less"
+
+
+def test_the_first_samples_of_many_batches() -> None:
+    free, fixed = (InputSpec("x", np.dtype("float32"), (size, 3)) for size in ("n", 4))
+    feeds = [{"x": np.full((4, 3), number, np.float32)} for number in range(3)]
+    assert [len(feed["x"]) for feed in runtime.limited([free], feeds, 6)] == [4, 2]
+    assert [len(feed["x"]) for feed in runtime.limited([free], feeds, 4)] == [4]
+    assert [len(feed["x"]) for feed in runtime.limited([fixed], feeds, 6)] == [4, 4]
+    assert len(list(runtime.limited([free], feeds, 99))) == 3
+
+
+def test_a_picture_without_a_batch_is_one_sample_whatever_its_height() -> None:
+    spec = InputSpec("x", np.dtype("uint8"), ("h", "w", 3), Layout(batched=False, channels=2))
+    feed = {"x": np.zeros((48, 64, 3), np.uint8)}
+    assert (runtime.sample_count([spec], feed), runtime.first_samples([spec], feed, 2) is feed) == (1, True)
+    assert (spec.batched, spec.fixed_batch) == (False, None)
+    assert runtime.probe_feed([spec], 2, image_size=32)["x"].shape == (32, 32, 3), "no size is that of a batch"
+    scalar = InputSpec("s", np.dtype("float32"), ())
+    assert (scalar.batched, runtime.sample_count([scalar], {"s": np.float32(1)})) == (False, 1)

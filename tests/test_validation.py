@@ -24,7 +24,7 @@ def batches() -> list[Feed]:
 
 
 def compared(one: ort.InferenceSession, other: ort.InferenceSession, classes: frozenset[str]) -> tuple[OutputRow, ...]:
-    return compare_outputs(["y", "ids"], outputs(one, batches(), 8), outputs(other, batches(), 8), classes)
+    return compare_outputs(["y", "ids"], outputs(one, batches()), outputs(other, batches()), classes)
 
 
 def test_outputs_are_compared_over_all_batches() -> None:
@@ -42,9 +42,22 @@ def test_features_have_no_agreement_and_opposite_logits_have_none_in_common() ->
     assert compared(one, negated, frozenset({"y"}))[0].agreement == 0.0
 
 
+def test_outputs_of_single_pictures_are_rows() -> None:
+    parts = [[np.array([[1.0, 2.0]]), np.ones((2, n, 1), np.float32)] for n in (3, 4)]
+    other = [[np.array([[3.0, 2.0]]), part[1]] for part in parts]
+    logits, dense = compare_outputs(["logits", "dense"], parts, other, frozenset({"logits"}), batched=False)
+    assert (logits.agreement, dense.agreement, dense.sqnr_db) == (0.0, None, np.inf)
+
+
+def test_outputs_that_never_vary_are_found() -> None:
+    still, moving = np.ones((3, 2), np.float32), np.arange(6, dtype=np.float32).reshape(3, 2)
+    rows = compare_outputs(["still", "moving"], [[still, moving]], [[still, moving]], frozenset())
+    assert [row.varies for row in rows] == [False, True]
+
+
 def test_timing_is_paired() -> None:
     one, other = (session(parser.parse_model(TEXT.format(factor="1.0")), threads=1) for _ in range(2))
-    row = time_pair(one, other, batches()[0], 1)
+    row = time_pair(one, other, batches()[0], 1, 3)
     assert (row.threads, row.batch) == (1, 3)
     assert row.float_ms > 0
     assert 0.2 < row.ratio < 5

@@ -3,18 +3,37 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from math import prod
 
 from vitq_compiler.blocks.attention import Attention, Values, find_attention
 from vitq_compiler.blocks.computed_attention import ComputedAttention, match_computed_attention
+from vitq_compiler.blocks.head import class_outputs, find_heads
 from vitq_compiler.blocks.linear import Linear, find_linears
 from vitq_compiler.blocks.mlp import Mlp, find_mlps
 from vitq_compiler.blocks.patch_embed import find_patch_embeddings
-from vitq_compiler.graph import Graph, Node, Tensor, is_constant, producer, readers
+from vitq_compiler.graph import Graph, Node, Tensor, readers
 from vitq_compiler.pattern import MatchFailure
 from vitq_compiler.quant import Edge
 from vitq_compiler.views import VIEWS
 
-CLASSWISE = frozenset({"Softmax", "LogSoftmax", "Sigmoid", "Identity", "Add", "Mul", "Div"})  # what may follow a head
+
+@dataclass(frozen=True)
+class Layer:
+    """A Linear layer or patch embedding of the model as given, before passes take it apart or put several together.
+
+    Attributes:
+        name: its node.
+        scope: the module it came from, where the exporter recorded it.
+        role, block: as of `Linear`.
+        in_features, out_features: its size.
+    """
+
+    name: str
+    scope: str
+    role: str
+    block: str
+    in_features: int
+    out_features: int
 
 
 @dataclass
@@ -22,6 +41,7 @@ class Annotations:
     """The structure of a graph.
 
     Attributes:
+        layers: every Linear layer and patch embedding as given, in graph order; passes leave this alone.
         linears: every Linear layer, in graph order, with its role and block.
         attentions: attention blocks whose operands are views of Linear layers.
         computed_attentions: the other attention blocks.
@@ -29,9 +49,10 @@ class Annotations:
         patch_embeddings: Conv nodes that turn the image into tokens.
         failures: structures that were almost an attention block, and why not.
         block_edges: block name -> the first edge that reads the result of the block.
-        class_outputs: graph outputs that hold one number per class: a head, at most through softmax and the like.
+        class_outputs: graph outputs that hold one decision of each sample, see `blocks.head`.
     """
 
+    layers: tuple[Layer, ...] = ()
     linears: list[Linear] = field(default_factory=list)
     attentions: list[Attention] = field(default_factory=list)
     computed_attentions: list[ComputedAttention] = field(default_factory=list)
@@ -56,7 +77,7 @@ def understand(graph: Graph) -> Annotations:
     """Find the blocks of ``graph`` by structure and give every Linear its role."""
     linears = find_linears(graph)
     attentions, computed, failures = _find_attention(graph, linears)
-    found = Annotations(linears, attentions, computed, find_mlps(graph, linears), find_patch_embeddings(graph), failures)
+    found = Annotations((), linears, attentions, computed, find_mlps(graph, linears), find_patch_embeddings(graph), failures)
     blocks: list[Attention | ComputedAttention] = [*attentions, *computed]
     for attention in blocks:
         block = f"attention {attention.index}"
@@ -72,15 +93,25 @@ def understand(graph: Graph) -> Annotations:
                 half.role, half.block = role, f"mlp {mlp.index}"
         mlp.fc2.role, mlp.fc2.block = "fc2", f"mlp {mlp.index}"
     weighted = {id(linear.matmul) for linear in linears} | {id(node) for node in graph.find("Conv")}
-    for linear in linears:
-        if linear.role == "linear" and not _feeds(linear.output, weighted):
-            linear.role = "head"
+    last = [linear for linear in linears if linear.role == "linear" and not _feeds(linear.output, weighted)]
+    heads = find_heads(graph, last)
+    for linear in last:
+        linear.role = "head" if linear in heads else "output"
     found.block_edges = {
         linear.block: edge for linear in linears if linear.role in ("proj", "fc2") and (edge := _reading_edge(linear.output))
     }
-    heads = {id(linear.output) for linear in linears if linear.role == "head"}
-    found.class_outputs = frozenset(t.name for t in graph.outputs if _holds_classes(t, heads))
+    found.class_outputs = class_outputs(graph, heads)
+    found.layers = _layers(graph, found)
     return found
+
+
+def _layers(graph: Graph, found: Annotations) -> tuple[Layer, ...]:
+    layers = [Layer(x.name, graph.scope(x.matmul), x.role, x.block, x.in_features, x.out_features) for x in found.linears]
+    for node in found.patch_embeddings:
+        outputs, *inputs = node.inputs[1].shape
+        layers.append(Layer(node.name, graph.scope(node), "patch_embed", "", prod(inputs), outputs))
+    place = {node.name: number for number, node in enumerate(graph.nodes)}
+    return tuple(sorted(layers, key=lambda layer: place[layer.name]))
 
 
 def _find_attention(graph: Graph, linears: list[Linear]) -> tuple[list[Attention], list[ComputedAttention], list[MatchFailure]]:
@@ -101,14 +132,6 @@ def _find_attention(graph: Graph, linears: list[Linear]) -> tuple[list[Attention
         if isinstance(attention, ComputedAttention) and isinstance(attention.values, Values):
             attention.values.index = index
     return attentions, computed, failures
-
-
-def _holds_classes(tensor: Tensor, heads: set[int]) -> bool:
-    node = producer(tensor)
-    if id(tensor) in heads or node is None:
-        return id(tensor) in heads
-    activations = [t for t in node.inputs if not is_constant(t)]
-    return node.op in CLASSWISE and all(_holds_classes(t, heads) for t in activations)
 
 
 def _reading_edge(tensor: Tensor) -> Edge | None:

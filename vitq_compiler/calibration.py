@@ -2,41 +2,45 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from itertools import islice
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from onnx import TensorProto
 
 from vitq_compiler.errors import ModelError
-from vitq_compiler.graph import Graph
+from vitq_compiler.graph import Graph, Tensor
 from vitq_compiler.progress import Progress, silent
-from vitq_compiler.runtime import Feed, run, session
+from vitq_compiler.runtime import Feed, run, sample_count, session
 
-Vector = NDArray[np.float32]
-REDUCTIONS = ("ReduceMin", "ReduceMax", "ReduceMean")  # in the order of the fields of ChannelStatistics
+Vector = NDArray[np.floating[Any]]
 
 
 @dataclass(frozen=True)
 class ChannelStatistics:
-    """Smallest, largest and mean value per channel, each of shape [channels], over ``batches`` batches."""
+    """Smallest, largest and mean value per channel, each of shape [channels], over ``samples`` samples.
+
+    float32; the mean is float64 while samples are added to it, so that it does not depend on how they are divided into batches.
+    """
 
     low: Vector
     high: Vector
     mean: Vector
-    batches: int = 1
+    samples: int = 1
 
     def merge(self, other: ChannelStatistics) -> ChannelStatistics:
-        """The statistics of both samples together (batches of equal size)."""
-        batches = self.batches + other.batches
-        mean = (self.mean * self.batches + other.mean * other.batches) / batches
-        return ChannelStatistics(np.minimum(self.low, other.low), np.maximum(self.high, other.high), mean.astype(np.float32), batches)
+        """The statistics of both sets of samples together."""
+        samples = self.samples + other.samples
+        mean = (self.mean * self.samples + other.mean * other.samples) / samples
+        return ChannelStatistics(np.minimum(self.low, other.low), np.maximum(self.high, other.high), mean, samples)
 
     def split(self, copies: int) -> list[ChannelStatistics]:
         """Of a tensor that holds the same channels ``copies`` times side by side: the statistics of each."""
         parts = zip(*(np.split(x, copies) for x in (self.low, self.high, self.mean)), strict=True)
-        return [ChannelStatistics(low, high, mean, self.batches) for low, high, mean in parts]
+        return [ChannelStatistics(low, high, mean, self.samples) for low, high, mean in parts]
 
 
 @dataclass
@@ -65,7 +69,7 @@ class CalibrationTable:
         """Follow a rewrite that replaced the tensor x by (x + shift) / scale, channel by channel; scale is positive."""
         known = self.statistics[name]
         low, high, mean = ((x + shift) / scale for x in (known.low, known.high, known.mean))
-        self.statistics[name] = ChannelStatistics(low, high, mean, known.batches)
+        self.statistics[name] = ChannelStatistics(low, high, mean, known.samples)
 
 
 def collect(
@@ -90,11 +94,7 @@ def collect(
     for name, channels in channel_axes.items():
         tensor = copy.tensor(name)
         rank = len(tensor.shape)
-        kept = sorted(axis % rank for axis in channels)
-        axes = copy.constant(f"{name}/axes", np.array([i for i in range(rank) if i not in kept], np.int64))
-        reduced = [copy.insert(op, [tensor, axes], name=f"{name}/{op}", keepdims=0) for op in REDUCTIONS]
-        for statistic in reduced:
-            statistic.dtype, statistic.shape = np.dtype(np.float32), [tensor.shape[i] for i in kept]
+        reduced = _reduce(copy, tensor, [i for i in range(rank) if i not in {axis % rank for axis in channels}])
         reductions[name] = [t.name for t in reduced]
         outputs += reduced
     copy.set_outputs(outputs)
@@ -102,21 +102,46 @@ def collect(
     table = CalibrationTable()
     for feed in batches:
         results = dict(zip([t.name for t in outputs], run(runtime, feed), strict=True))
+        samples = sample_count(graph.inputs, feed)
         for name, names in reductions.items():
-            seen = ChannelStatistics(*(results[n].reshape(-1) for n in names))
+            low, high, mean = (results[n].reshape(-1) for n in names)
+            seen = ChannelStatistics(low, high, mean, samples)
             if not all(
                 np.isfinite(x).all() for x in (seen.low, seen.high, seen.mean)
             ):  # the runtime's minimum passes over NaN, its mean does not
                 raise ModelError(f"tensor {name} is not finite on the calibration data; check the model and the preprocessing")
             table.update(name, seen)
-        table.samples += _batch_size(feed)
+        table.samples += samples
         progress("calibrating", table.samples, total)
+    for name, seen in table.statistics.items():
+        table.statistics[name] = replace(seen, mean=seen.mean.astype(np.float32))
     return table
 
 
-def _batch_size(feed: Feed) -> int:
-    sizes: Sequence[int] = [len(a) for a in feed.values() if a.ndim]
-    return sizes[0] if sizes else 1
+def _reduce(graph: Graph, tensor: Tensor, axes: list[int]) -> list[Tensor]:
+    """Smallest, largest and mean values of ``tensor`` over ``axes``, in the order of the fields of `ChannelStatistics`.
+
+    The mean is taken in two steps: over all axes but the first, of each sample alone, and over the first in float64. Then no rounding
+    depends on how many samples lie in a batch.
+    """
+    name = tensor.name
+
+    def reduced(op: str, source: Tensor, over: list[int], kind: type, keep: int = 0) -> Tensor:
+        if not over:
+            return source
+        numbers = graph.constant(f"{name}/axes", np.array(over, np.int64))
+        result = graph.insert(op, [source, numbers], name=f"{name}/{op}", keepdims=keep)
+        result.dtype, result.shape = (
+            np.dtype(kind),
+            [d if i not in over else 1 for i, d in enumerate(source.shape) if keep or i not in over],
+        )
+        return result
+
+    each = reduced("ReduceMean", tensor, [axis for axis in axes if axis], np.float32, keep=1)
+    wide = graph.insert("Cast", [each], name=f"{name}/wide", like=each, to=TensorProto.DOUBLE)
+    wide.dtype = np.dtype(np.float64)
+    mean = reduced("ReduceMean", wide, [axis for axis in axes if not axis], np.float64)
+    return [*(reduced(op, tensor, axes, np.float32) for op in ("ReduceMin", "ReduceMax")), mean]
 
 
 def glance(graph: Graph, names: Iterable[str], batches: Iterable[Feed], *, threads: int) -> dict[str, ChannelStatistics]:

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from vitq_compiler.arguments import EPILOG, HELP, MODEL, OPTIONS
-from vitq_compiler.errors import OutputError, PassError, VitqError
+from vitq_compiler.errors import InternalError, OutputError, VitqError
 from vitq_compiler.explain import explain
 from vitq_compiler.text import printable
 
@@ -97,8 +97,7 @@ class _Command(click.Command):
         except Exception as error:
             if _is_interrupt(error):
                 return _fail(_interrupted(ctx, began), INTERRUPTED, label="")
-            # A PassError wraps what a pass did not expect: the way there is worth seeing.
-            if ctx.params["verbose"] and (isinstance(error, PassError) or not isinstance(error, VitqError)):
+            if ctx.params["verbose"] and not isinstance(error, VitqError):
                 import traceback
 
                 click.echo(traceback.format_exc(), err=True, nl=False)
@@ -106,7 +105,9 @@ class _Command(click.Command):
                 return _fail(str(error))
             if isinstance(error, OSError) and error.strerror:
                 return _fail(f"{error.filename or 'the operating system'}: {error.strerror}")
-            told = f"{type(error).__name__}: {error}".rstrip(": ")
+            if isinstance(error, MemoryError):
+                return _fail(f"out of memory: {str(error) or 'the model or its calibration needs more than there is'}; give it more")
+            told = str(error) if isinstance(error, InternalError) else f"{type(error).__name__}: {error}".rstrip(": ")
             hint = "" if ctx.params["verbose"] else "; please report it with what the same command prints with -v"
             return _fail(f"{told}; this is a bug in {PROGRAM}{hint}", BUG, label="internal error: ")
 

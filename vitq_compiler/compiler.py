@@ -22,7 +22,7 @@ from vitq_compiler.model_io import check_output, file_bytes, make_work_folder, w
 from vitq_compiler.model_source import ModelSource, find_model
 from vitq_compiler.opening import open_model, open_samples
 from vitq_compiler.pipeline import Compilation
-from vitq_compiler.precision import narrow
+from vitq_compiler.precision import HalfPrecision, narrow
 from vitq_compiler.progress import Progress, silent
 from vitq_compiler.provenance import Provenance
 from vitq_compiler.recipe import load_recipe
@@ -123,7 +123,7 @@ def compile(
     graph, half, boundary = opened.graph, opened.half, opened.boundary
     large = file_bytes(model) > LARGE_MODEL
     # What everything is held against. Rounding to half precision would drown what the passes are checked for.
-    floating: Path | Graph = graph.snapshot() if half else model
+    floating: Path | Graph = graph.snapshot() if half.computes else model
     data = open_samples(
         graph, model, plan, calibration, samples=samples, augment=augment, batch_size=batch_size, preprocess=preprocess, seed=seed
     )
@@ -146,13 +146,13 @@ def compile(
         integer.metadata_props.add(key="cpu", value=chosen.platform.cpu)
     if source.origin:
         integer.metadata_props.add(key="source", value=source.origin)
-    if half:
+    if half.kind:
         floating = _restore(model, integer, boundary, half, floating, c)
     verdict, kernel_of = validate(floating, file_bytes(model), integer, c, parity)
     gates = _measure_gates(verdict, min_sqnr, min_agreement)
     written = destination if output_on_failure or all(gate.passed for gate in gates) else None
     if written is not None:
-        written.write(narrow(integer, boundary) if half == "bfloat16" else integer)
+        written.write(narrow(integer, boundary) if half.kind == "bfloat16" else integer)
     return CompileReport(
         version=version("vitq-compiler"),
         model=source.name,
@@ -186,11 +186,18 @@ def _probe_batch(graph: Graph, data: Data) -> runtime.Feed:
 
 
 def _restore(
-    model: Path, integer: onnx.ModelProto, boundary: dict[str, int], half: str, floating: Path | Graph, c: Compilation
+    model: Path, integer: onnx.ModelProto, boundary: dict[str, int], half: HalfPrecision, floating: Path | Graph, c: Compilation
 ) -> Path | Graph:
     """Give inputs and outputs their half precision back; returns what the result is compared with."""
-    c.warnings.append(f"the model is {half}: compiled from its weights in float32, between {half} inputs and outputs")
-    if half == "bfloat16":
+    if not half.computes:
+        c.warnings.append(f"the model computes in float32 and only stores weights in {half.kind}: compiled from these, as float32")
+        return floating
+    ends = {name: boundary.get(name) for name in (*(spec.name for spec in c.graph.inputs), *c.graph.output_names)}
+    kept = (
+        f"between {half.kind} inputs and outputs" if all(ends.values()) else f"{', '.join(boundary) or 'no input or output'} in {half.kind}"
+    )
+    c.warnings.append(f"the model computes in {half.kind}: compiled from its weights in float32, {kept}")
+    if half.kind == "bfloat16":
         c.warnings.append("onnxruntime cannot run bfloat16 on the CPU: compared with the model in float32, without its casts")
         return floating
     narrow(integer, boundary)

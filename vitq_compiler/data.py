@@ -89,8 +89,9 @@ def open_data(
 ) -> Data:
     """Open calibration data.
 
-    A batch size fixed in the model wins over ``batch_size``, and counts are then multiples of it. Where there are no more
-    than ``samples``, a fifth of them is kept for validation; a single one is validated on built-in images.
+    A batch size fixed in the model wins over ``batch_size``, and counts are then multiples of it; a model that takes one picture
+    without a batch axis gets one at a time. Where there are no more than ``samples``, a fifth of them is kept for validation; a
+    single one is validated on built-in images.
 
     Args:
         source: a folder (searched to the bottom), one image, a .npz or .npy file; None for built-in images.
@@ -110,6 +111,8 @@ def open_data(
         numbers = f"{len(inputs)} inputs, samples={samples}, validation_samples={validation_samples}, batch_size={batch_size}, seed={seed}"
         raise DataError(f"calibration: {numbers}; give a model with inputs, samples and batches of at least 1, and nothing negative")
     inputs = [_plain(spec) for spec in inputs]
+    alone = {spec.name for spec in inputs if spec.shape and not spec.batched}
+    batch_size = 1 if alone else batch_size
     fixed = {spec.shape[0] for spec in inputs if spec.shape} - {0}
     if len(fixed) > 1:
         raise DataError(f"inputs {', '.join(s.name for s in inputs)}: fixed batch sizes {fixed} differ; export the model with one")
@@ -128,6 +131,8 @@ def open_data(
         raise DataError(f"{tried}; give a folder of pictures, one picture, or a .npz or .npy file")
     if len(chosen) < unit:
         raise DataError(f"{source}: {len(chosen)} samples, but the model's batch is fixed at {unit}; add samples or export a free batch")
+    pictures = {spec.name: (2, 3) if axis == 1 else (1, 2) for spec in inputs if (axis := _channel_axis(spec))}
+    notes += _check_variation(source, pool, chosen, pictures) if source else []
     calibrating, kept = _split(len(chosen) // unit, calibrating, validating)
     used, unseen, other = chosen[: calibrating * unit], chosen[calibrating * unit : (calibrating + kept) * unit], pool
     if validating and not kept:
@@ -138,7 +143,6 @@ def open_data(
     if samples % unit or validation_samples % unit:
         drawn = f"{len(used)} samples calibrate ({samples} asked for) and {len(unseen)} validate ({validation_samples} asked for)"
         notes.append(f"the model's batch is fixed at {unit}: {drawn}")
-    pictures = {spec.name: (2, 3) if axis == 1 else (1, 2) for spec in inputs if (axis := _channel_axis(spec))}
     if augment and not pictures:
         raise DataError(f"{augment} altered copies are asked for, and the model takes no pictures: leave them out")
     changes = [f"{augment} altered copies of each"] if augment else []
@@ -150,8 +154,8 @@ def open_data(
         preprocess if any(isinstance(read, _PictureReader) for read in (*pool.readers.values(), *other.readers.values())) else None,
         len(used) * (augment + 1),
         len(unseen),
-        partial(_augmented, partial(_batches, pool.readers, used, batch_size), pictures, augment, seed),
-        partial(_batches, other.readers, unseen, batch_size),
+        partial(_taken_out, partial(_augmented, partial(_batches, pool.readers, used, batch_size), pictures, augment, seed), alone),
+        partial(_taken_out, partial(_batches, other.readers, unseen, batch_size), alone),
         synthetic=source is None,
         copies=augment + 1,
     )
@@ -163,6 +167,12 @@ def _augmented(batches: Callable[[], Iterator[Feed]], pictures: Mapping[str, tup
         yield feed
         for copy in range(copies):
             yield altered(feed, pictures, (seed, number, copy))
+
+
+def _taken_out(batches: Callable[[], Iterator[Feed]], alone: set[str]) -> Iterator[Feed]:
+    """Each batch, which is of one sample where ``alone`` names any inputs; these without the batch axis."""
+    for feed in batches():
+        yield {name: array[0] if name in alone else array for name, array in feed.items()}
 
 
 def _batches(readers: dict[str, Reader], indices: list[int], batch_size: int) -> Iterator[Feed]:
@@ -179,12 +189,18 @@ def _split(units: int, calibrating: int, validating: int) -> tuple[int, int]:
 
 
 def _plain(spec: InputSpec) -> InputSpec:
-    """``spec`` with 0 for every dynamic size."""
-    return replace(spec, dtype=np.dtype(spec.dtype), shape=tuple(s if isinstance(s, int) and s > 0 else 0 for s in spec.shape))
+    """``spec`` with 0 for every dynamic size, and with a batch axis put before one that has none: samples are batches until the end."""
+    shape = tuple(s if isinstance(s, int) and s > 0 else 0 for s in spec.shape)
+    spec = replace(spec, dtype=np.dtype(spec.dtype), shape=shape)
+    if spec.layout is None or spec.layout.batched:
+        return spec
+    return replace(spec, shape=(0, *shape), layout=replace(spec.layout, channels=spec.layout.channels + 1))
 
 
 def _channel_axis(spec: InputSpec) -> int | None:
     """1 for [N, C, H, W], 3 for [N, H, W, C], None for an input that is no image; exporters also leave C open."""
+    if spec.layout is not None:
+        return spec.layout.channels
     if len(spec.shape) != 4 or not (spec.dtype.kind == "f" or spec.dtype == np.uint8):
         return None
     return 1 if spec.shape[1] in (1, 3, 4) else 3 if spec.shape[3] in (1, 3) else 1 if spec.shape[1] == 0 else None
@@ -252,6 +268,31 @@ def _choose(pool: _Pool, total: int) -> tuple[list[int], list[tuple[str, str]]]:
     return chosen, skipped
 
 
+def _check_variation(source: Path, pool: _Pool, chosen: Sequence[int], pictures: Mapping[str, tuple[int, int]]) -> list[str]:
+    """A warning where samples are alike; ``pictures`` are inputs with their axes of height and width.
+
+    Raises:
+        DataError: all samples are equal, and hold one number, or one colour.
+    """
+    samples = ({name: read(index) for name, read in pool.readers.items()} for index in chosen)
+    first = next(samples)
+    if any(not np.array_equal(array, first[name]) for sample in samples for name, array in sample.items()):
+        return []
+    if _is_flat(first, pictures):
+        what = "picture of one colour" if pictures else "sample of one number"
+        raise DataError(f"{source}: holds nothing but a {what}, on which no range shows; give data like those that the model will see")
+    alike = f"all {len(chosen)} samples of {source} are equal: ranges are those of one, and the accuracy is measured on it too"
+    return [alike] if len(chosen) > 1 else []
+
+
+def _is_flat(sample: Feed, pictures: Mapping[str, tuple[int, int]]) -> bool:
+    """Whether every picture is of one colour; where there is none, whether every array holds one number."""
+    if not pictures:
+        return all(array.size == 0 or bool((array == array.flat[0]).all()) for array in sample.values())
+    sides = {name: (height - 1, width - 1) for name, (height, width) in pictures.items()}  # in a sample, without the batch
+    return all(bool((sample[name] == sample[name].max(axes, keepdims=True)).all()) for name, axes in sides.items())
+
+
 def _open_pool(source: Path | None, inputs: Sequence[InputSpec], preprocess: Preprocess, seed: int) -> _Pool:
     if source and not source.exists():
         raise DataError(f"{source}: there is no such file or folder; give a folder of pictures, or a .npz or .npy file")
@@ -314,6 +355,10 @@ def _folder_pool(source: Path, spec: InputSpec, preprocess: Preprocess, seed: in
 
 def _array_pool(source: Path, inputs: Sequence[InputSpec], preprocess: Preprocess, seed: int) -> _Pool:
     arrays = load_arrays(source, [spec.name for spec in inputs])
+    for spec in inputs:
+        array = arrays[spec.name]
+        if not spec.batched and _fits(spec.shape[1:], array.shape):  # one picture, as the model takes it
+            arrays[spec.name] = array[None]
     counts = {name: len(array) if array.ndim else 0 for name, array in arrays.items()}
     if len(set(counts.values())) > 1 or not all(counts.values()):
         raise DataError(f"{source}: samples by array {counts}; save as many of each, and at least one")
@@ -324,7 +369,7 @@ def _array_pool(source: Path, inputs: Sequence[InputSpec], preprocess: Preproces
 
 def _array_reader(where: str, spec: InputSpec, array: Array, preprocess: Preprocess) -> Reader:
     image = _channel_axis(spec)
-    fits = array.ndim == len(spec.shape) and all(e in (0, got) for e, got in zip(spec.shape[1:], array.shape[1:], strict=True))
+    fits = _fits((0, *spec.shape[1:]), array.shape)
     if image and array.dtype == np.uint8 and not (fits and spec.dtype == np.uint8):
         if array.size and (array.ndim == 3 or (array.ndim == 4 and array.shape[3] in (1, 3, 4))):
             grey = array[..., 0] if array.shape[3:] == (1,) else array
@@ -333,6 +378,10 @@ def _array_reader(where: str, spec: InputSpec, array: Array, preprocess: Preproc
         return partial(read_array, where, array, spec.dtype)
     expected = _shown(spec.dtype, ("N", *spec.shape[1:])) + (" or pictures uint8 [N, H, W, 3]" if image else "")
     raise DataError(f"{where}: is {_shown(array.dtype, array.shape)}, the model expects {expected}; save it that way")
+
+
+def _fits(expected: Sequence[int | str], shape: Sequence[int]) -> bool:
+    return len(expected) == len(shape) and all(size in (0, got) for size, got in zip(expected, shape, strict=True))
 
 
 def _shown(dtype: np.dtype[Any], shape: Sequence[int | str]) -> str:

@@ -18,7 +18,7 @@ import numpy as np
 from vitq_compiler import outliers, runtime
 from vitq_compiler.blocks.attention import OPERANDS
 from vitq_compiler.catalog import find_pass, load_target
-from vitq_compiler.errors import VitqError
+from vitq_compiler.errors import InvariantError, VitqError
 from vitq_compiler.graph import Array, Node, Tensor, is_constant, producer
 from vitq_compiler.model_source import ModelSource, find_model
 from vitq_compiler.opening import open_model, open_samples, run_front
@@ -288,7 +288,7 @@ def _rewritten(c: Compilation, name: str, feeds: Sequence[runtime.Feed], before:
     try:
         results = Pipeline.parse(f"canonicalize,annotate,{passes}", find_pass).run(copy, (parity,))
         parity.check()
-    except VitqError as error:
+    except (VitqError, InvariantError) as error:
         return RewriteRow(name, passes, 0, (str(error),), (), ()), {}
     steps = passes.split(",")
     reasons = tuple(dict.fromkeys(f"{note.where}: {note.reason}" for note in copy.notes if note.stage in steps))

@@ -5,6 +5,10 @@ class VitqError(Exception):
     """Base of all errors a user can cause; the command line prints it as one line and exits with 2."""
 
 
+class InternalError(Exception):
+    """Base of all errors that are faults of the compiler; the command line asks for a report of it and exits with 1."""
+
+
 class ModelError(VitqError):
     """The input model is unfit: unreadable, already quantized, no transformer block."""
 
@@ -25,8 +29,8 @@ class TargetError(VitqError):
     """The target or its runtime cannot take the graph."""
 
 
-class PassError(VitqError):
-    """A pass failed.
+class PassError(InternalError):
+    """A pass raised what it does not expect.
 
     Attributes:
         name: the pass that failed.
@@ -39,5 +43,5 @@ class PassError(VitqError):
         self.ran_before = ran_before
 
 
-class InvariantError(VitqError):
+class InvariantError(InternalError):
     """A pass broke a promise: invalid structure, or a float-exact pass that changed the outputs."""

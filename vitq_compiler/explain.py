@@ -27,7 +27,7 @@ def explain(report: CompileReport, pattern: str) -> list[str]:
     """
     regex = read_pattern(pattern)
     linears = [(row, fields) for row in report.linears if (fields := _matching_fields(regex, row))]
-    known = {row.name for row in report.linears}
+    known = {name for row in report.linears for name in (row.name, *row.parts)}
     nodes = [row for row in report.nodes if row.name not in known and any(map(regex.search, (row.name, row.op, row.scope, row.block)))]
     known |= {row.name for row in nodes}
     notes = [note for note in report.notes if note.where not in known and regex.search(note.where)]
@@ -37,7 +37,7 @@ def explain(report: CompileReport, pattern: str) -> list[str]:
     found = [_count(number, thing) for number, thing in counts if number or thing == "Linear layer"]
     lines = [f"{pattern!r} finds {' and '.join(found)}"]
     for row, fields in linears:
-        lines += _about(row, fields, [note for note in report.notes if note.where == row.name])
+        lines += _about(row, fields, [note for note in report.notes if note.where in (row.name, *row.parts)])
     for node in nodes:
         lines += _about_node(node, [note for note in report.notes if note.where == node.name])
     lines += [f"{note.where}: {note.stage} says: {note.reason}" for note in notes]
@@ -59,14 +59,15 @@ def read_pattern(pattern: str) -> re.Pattern[str]:
 
 
 def _matching_fields(regex: re.Pattern[str], row: LinearRow) -> list[str]:
-    fields = {"name": row.name, "scope": row.scope, "block": row.block, "role": row.role}
-    return [name for name, text in fields.items() if text and regex.search(text)]
+    fields = {"name": (row.name,), "scope": (row.scope,), "block": (row.block,), "role": (row.role,), "parts": row.parts}
+    return [name for name, texts in fields.items() if any(text and regex.search(text) for text in texts)]
 
 
 def _about(row: LinearRow, fields: list[str], notes: list[NoteRow]) -> list[str]:
     place = f"{row.role} of {row.block}" if row.block else f"{row.role}, outside the blocks"
     lines = [f"{row.name}: {place}, {row.in_features} x {row.out_features}" + (f", from {row.scope}" if row.scope else "")]
     lines.append(f"  found by its {' and '.join(fields)}")
+    lines += [f"  taken apart into {', '.join(row.parts)}"] if len(row.parts) > 1 else []
     if not row.quantized:
         lines.append(f"  stays in float: {row.reason or 'no pass says why'}")
     elif row.integer:

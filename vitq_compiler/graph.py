@@ -33,6 +33,14 @@ LARGE = 1024  # elements from which a constant counts as a weight rather than as
 
 
 @dataclass(frozen=True)
+class Layout:
+    """How an input holds pictures: whether axis 0 counts them, and the axis of their colour channels."""
+
+    batched: bool
+    channels: int
+
+
+@dataclass(frozen=True)
 class InputSpec:
     """One graph input.
 
@@ -40,11 +48,24 @@ class InputSpec:
         name: its name in the model.
         dtype: element type.
         shape: sizes; a string or 0 stands for a dynamic dimension.
+        layout: how it holds a picture, where the graph shows that.
     """
 
     name: str
     dtype: np.dtype[Any]
     shape: tuple[int | str, ...]
+    layout: Layout | None = None
+
+    @property
+    def batched(self) -> bool:
+        """Whether axis 0 counts samples."""
+        return bool(self.shape) and (self.layout is None or self.layout.batched)
+
+    @property
+    def fixed_batch(self) -> int | None:
+        """The number of samples that the model takes at once; None where that is open, or where it takes one without a batch axis."""
+        size = self.shape[0] if self.batched else None
+        return size if isinstance(size, int) and size > 0 else None
 
 
 class Graph:
@@ -55,6 +76,7 @@ class Graph:
         self._metadata = metadata
         self._names = {n.name for n in surgeon.nodes} | set(surgeon.tensors())
         self.ir_version = ir_version
+        self.layouts: dict[str, Layout] = {}  # of inputs that are pictures, by name
 
     @classmethod
     def from_proto(cls, model: onnx.ModelProto) -> Graph:
@@ -108,7 +130,9 @@ class Graph:
 
     def snapshot(self) -> Graph:
         """A copy whose structure is independent; weight arrays are shared."""
-        return Graph(self._gs.copy(), self.ir_version, self._metadata)
+        copy = Graph(self._gs.copy(), self.ir_version, self._metadata)
+        copy.layouts = self.layouts
+        return copy
 
     # Reading
 
@@ -131,7 +155,7 @@ class Graph:
     @property
     def inputs(self) -> list[InputSpec]:
         """The graph inputs."""
-        return [InputSpec(t.name, np.dtype(t.dtype), tuple(t.shape or ())) for t in self._gs.inputs]
+        return [InputSpec(t.name, np.dtype(t.dtype), tuple(t.shape or ()), self.layouts.get(t.name)) for t in self._gs.inputs]
 
     @property
     def input_tensors(self) -> list[Tensor]:

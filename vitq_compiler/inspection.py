@@ -157,7 +157,7 @@ def _layers(c: Compilation) -> list[LayerRow]:
     ends.update({node.name: node.outputs[0] for node in found.patch_embeddings})
     inner = [t for a in found.attentions for t in (a.scores.outputs[0], a.context.outputs[0])]
     shapes = _observed(c, [*ends.values(), *inner])
-    batch = next((s.shape[0] for s in c.graph.inputs if s.shape and isinstance(s.shape[0], int) and s.shape[0] > 0), 1)
+    batch = next((spec.fixed_batch for spec in c.graph.inputs if spec.fixed_batch), 1)
     reasons = {note.where: note.reason for note in c.notes}
     order = {node.name: place for place, node in enumerate(c.graph.clean().nodes)}
 

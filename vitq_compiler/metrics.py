@@ -8,6 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 Array = NDArray[Any]
+STILL = 1e-6  # of the largest number: differences up to this are those of rounding
 
 
 def sqnr(reference: Array, other: Array) -> float:
@@ -40,6 +41,14 @@ def agreement(reference: Array, other: Array) -> float | None:
     if reference.dtype.kind == "f" and reference.ndim == 2 and reference.shape[1] > 1:
         return float(np.mean(reference.argmax(1) == other.argmax(1)))
     return None
+
+
+def varies(samples: Array) -> bool:
+    """Whether samples [N, ...] differ from each other by more than rounding; a single one, or one that is not finite, counts as if."""
+    if len(samples) < 2 or samples.dtype.kind not in "fiu" or not np.isfinite(samples).all() or not samples.size:
+        return True
+    differences = np.abs(np.subtract(samples[1:], samples[:1], dtype=np.float64))
+    return bool(differences.max() > STILL * np.abs(samples).max())
 
 
 def max_relative_error(reference: Array, other: Array) -> float:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import onnx
-from onnx import TensorProto, helper, inliner, version_converter
+from onnx import TensorProto, helper, inliner, serialization, version_converter
 
 from vitq_compiler.branches import inline_branches
 from vitq_compiler.contrib import DOMAIN, UNFUSE
@@ -225,11 +225,17 @@ def file_bytes(path: Path) -> int:
 
 
 def check_output(path: Path, model: Path) -> None:
-    """Refuse an output that cannot be written, before any work is done.
+    """Refuse an output that cannot be written, or not be read by its name, before any work is done.
 
     Raises:
-        OutputError: it is the input or its data, a directory, or in a folder that is missing or read-only.
+        OutputError: it is the input or its data, a directory, in a folder that is missing or read-only, or named as a file of another
+            format, which onnxruntime and onnx tell by the name alone.
     """
+    if path.suffix.lower() == ".ort":
+        convert = "python -m onnxruntime.tools.convert_onnx_models_to_ort"
+        raise OutputError(f"output {path}: .ort is onnxruntime's own format; give a name in .onnx, and convert the file with {convert}")
+    if (kind := serialization.registry.get_format_from_file_extension(path.suffix)) not in (None, "protobuf"):
+        raise OutputError(f"output {path}: onnx reads {path.suffix} as {kind}, not as a binary model; give a name in .onnx")
     if path.exists() and any(file.exists() and path.samefile(file) for file in model_files(model)):
         raise OutputError(f"output {path}: is the input model or its data; give another name")
     if path.is_dir():

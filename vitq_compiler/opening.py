@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
+from vitq_compiler.blocks.picture import find_pictures
 from vitq_compiler.catalog import FRONT, find_pass
 from vitq_compiler.data import Data, open_data
 from vitq_compiler.errors import ModelError
 from vitq_compiler.graph import Graph
 from vitq_compiler.model_io import convert_opset, read_model
 from vitq_compiler.pipeline import Compilation, Pipeline
-from vitq_compiler.precision import half_type, widen
-from vitq_compiler.preprocess import resolve
+from vitq_compiler.precision import HalfPrecision, find_half, widen
+from vitq_compiler.preprocess import Preprocess, resolve
+from vitq_compiler.preprocess_in_graph import leave_out
 from vitq_compiler.recipe import Recipe
 from vitq_compiler.target import Target
 from vitq_compiler.token_ids import id_limits
@@ -24,12 +26,12 @@ class Opened:
 
     Attributes:
         graph: at the target's opset.
-        half: the half precision that the file is in, or empty.
+        half: what half precision the file has.
         boundary: the inputs and outputs that were of it, with their types; see `precision.narrow`.
     """
 
     graph: Graph
-    half: str
+    half: HalfPrecision
     boundary: dict[str, int]
 
 
@@ -40,9 +42,10 @@ def open_model(model: Path, target: Target) -> Opened:
         ModelError: it cannot be read, or not brought to the target's opset.
     """
     source = read_model(model)
-    half, boundary = half_type(source), widen(source)
+    half, boundary = find_half(source), widen(source)
     graph = Graph.from_proto(convert_opset(source, target.opset, model))
     graph.ir_version = target.ir_version
+    graph.layouts = {picture.name: picture.layout for picture in find_pictures(graph) if picture.layout is not None}
     return Opened(graph, half, boundary)
 
 
@@ -64,10 +67,11 @@ def open_samples(
         DataError: the data cannot be read, or do not fit the model.
     """
     count = samples or recipe.samples
-    return open_data(
+    chosen, warnings = _preprocess(graph, model, preprocess)
+    data = open_data(
         calibration,
         graph.inputs,
-        resolve(preprocess, model),
+        chosen,
         samples=count,
         augment=augment,
         validation_samples=max(16, count // 2),
@@ -75,6 +79,25 @@ def open_samples(
         seed=seed,
         ids=id_limits(graph),
     )
+    if data.preprocess is not None:
+        data.warnings.extend(warnings)
+    return data
+
+
+def _preprocess(graph: Graph, model: Path, text: str | None) -> tuple[Preprocess, list[str]]:
+    """What is to be done to pictures before the graph, and warnings; its inputs that are pictures are treated alike."""
+    wanted = resolve(text, model)
+    inputs = {spec.name: spec for spec in graph.inputs}
+    found = [leave_out(wanted, picture, inputs[picture.name], told=text is not None) for picture in find_pictures(graph)]
+    if not found:
+        return wanted, []
+    first, warnings = found[0]
+    if any(replace(other, source="") != replace(first, source="") for other, _ in found):
+        warnings = [
+            *warnings,
+            "the graph takes its pictures in unlike forms, and all are preprocessed as the first: pass arrays in a .npz",
+        ]
+    return first, warnings
 
 
 def run_front(c: Compilation, model: Path) -> None:

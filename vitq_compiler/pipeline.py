@@ -15,7 +15,7 @@ from enum import Enum
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
-from vitq_compiler.errors import PassError, RecipeError, VitqError
+from vitq_compiler.errors import InternalError, PassError, RecipeError, VitqError
 from vitq_compiler.progress import Progress, silent
 
 if TYPE_CHECKING:
@@ -136,7 +136,7 @@ class PassResult:
 
 
 class Hook(Protocol):
-    """Called around every pass; raises a VitqError to stop the compile."""
+    """Called around every pass; raises a VitqError or an InternalError to stop the compile."""
 
     def before(self, p: Pass, c: Compilation) -> None: ...
 
@@ -177,8 +177,9 @@ class Pipeline:
         """Run every pass in order, hooks around each.
 
         Raises:
-            PassError: a pass failed in a way that is not the user's fault.
+            InternalError: a pass failed in a way that is not the user's fault, or a hook found that it broke a promise.
             VitqError: as raised by a pass or a hook.
+            OSError, MemoryError: the operating system refused something.
         """
         for p in self.passes:
             p.check(c)
@@ -190,7 +191,7 @@ class Pipeline:
             began = time.perf_counter()
             try:
                 changes = p.run(c)
-            except VitqError:
+            except (VitqError, InternalError, OSError, MemoryError):
                 raise
             except Exception as error:
                 ran = tuple(q.name for q in self.passes[:index])

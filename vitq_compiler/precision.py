@@ -8,6 +8,7 @@ every other operator.
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import dataclass
 
 import numpy as np
 import onnx
@@ -16,17 +17,40 @@ from onnx import TensorProto, helper, numpy_helper
 from vitq_compiler.graph import to_array
 
 HALF = {TensorProto.FLOAT16: "float16", TensorProto.BFLOAT16: "bfloat16"}
+MOVING = frozenset({"Identity", "Reshape", "Transpose", "Squeeze", "Unsqueeze", "Slice", "Split", "Gather", "Concat", "Flatten", "Expand"})
 TYPE_ATTRIBUTES = frozenset({"to", "dtype", "stash_type", "output_dtype"})  # of Cast, RandomNormal, LayerNormalization and their like
 
 
-def half_type(model: onnx.ModelProto) -> str:
-    """float16 or bfloat16 where the model has weights, inputs or casts of that type, else an empty string."""
-    kinds = [t.data_type for t in model.graph.initializer]
-    kinds += [v.type.tensor_type.elem_type for v in (*model.graph.input, *model.graph.output)]
-    for node in model.graph.node:
-        for attribute in node.attribute:
-            kinds += [attribute.t.data_type, attribute.i if attribute.name in TYPE_ATTRIBUTES else 0]
-    return next((HALF[kind] for kind in kinds if kind in HALF), "")
+@dataclass(frozen=True)
+class HalfPrecision:
+    """What a model uses half precision for.
+
+    Attributes:
+        kind: float16 or bfloat16; empty where it has neither.
+        computes: whether it computes in that type, or gives and takes it; else only weights are stored so, and cast before they are used.
+    """
+
+    kind: str
+    computes: bool
+
+
+def find_half(model: onnx.ModelProto) -> HalfPrecision:
+    """What half precision is used for, by weights, inputs, outputs and casts."""
+    graph = model.graph
+    stored = {t.name for t in graph.initializer if t.data_type in HALF}
+    kinds = [t.data_type for t in graph.initializer]
+    boundary = [v.type.tensor_type.elem_type for v in (*graph.input, *graph.output)]
+    computes = any(kind in HALF for kind in boundary)
+    for node in graph.node:
+        casts = [a.i for a in node.attribute if a.name in TYPE_ATTRIBUTES]
+        held = [a.t.data_type for a in node.attribute]
+        kinds += [*casts, *held]
+        reads = any(name in stored for name in node.input)
+        if (reads and node.op_type in MOVING) or (node.op_type == "Constant" and any(kind in HALF for kind in held)):
+            stored.update(node.output)
+        else:
+            computes |= (reads and node.op_type != "Cast") or any(kind in HALF for kind in casts)
+    return HalfPrecision(next((HALF[kind] for kind in (*kinds, *boundary) if kind in HALF), ""), computes)
 
 
 def widen(model: onnx.ModelProto) -> dict[str, int]:

@@ -49,6 +49,7 @@ class Preprocess:
         interpolation: nearest, bilinear, bicubic or lanczos.
         source: which preprocessing this is and why it was chosen, for the report.
         flip: reverse the channels in the end, for models that take blue first.
+        assumed: whether nothing says so: neither the user nor a configuration file.
     """
 
     mean: tuple[float, ...]
@@ -59,6 +60,7 @@ class Preprocess:
     interpolation: str
     source: str
     flip: bool = False
+    assumed: bool = False
 
     def __post_init__(self) -> None:
         for name, values in (("mean", self.mean), ("std", self.std), ("scale", (self.rescale,))):
@@ -160,7 +162,7 @@ def resolve(text: str | None, model_path: Path | None) -> Preprocess:
         with _explained(f"--preprocess {text!r}", f"give one of {', '.join(NAMES)}, or mean=...,std=...,resize=...,crop=..."):
             return _parse(text)
     if model_path is None:
-        return replace(_IMAGENET, source="imagenet (default)")
+        return replace(_IMAGENET, source="imagenet (default)", assumed=True)
     folders = config_folders(model_path)
     for path in config_files(folders):
         with _explained(str(path), "repair the file, or pass --preprocess"):
@@ -169,7 +171,8 @@ def resolve(text: str | None, model_path: Path | None) -> Preprocess:
                 library, settings = found
                 where = "beside the model" if path.parent == folders[0] else "one folder above the model"
                 return Preprocess(**settings, source=f"{path.name} {where} ({library})")
-    return replace(_IMAGENET, source="imagenet (default: no preprocessor_config.json or config.json with mean and std beside the model)")
+    missing = "no preprocessor_config.json or config.json with mean and std beside the model"
+    return replace(_IMAGENET, source=f"imagenet (default: {missing})", assumed=True)
 
 
 @contextmanager

@@ -38,7 +38,7 @@ ATTENTION: Mapping[str, Differences] = {"float": {}, "int8": {"bits": 8, "format
 # What published results call W4A4 differs in the ends of the network. The image is 8 bits wide to begin with.
 DEFINITIONS: Mapping[str, Mapping[str, Mapping[str, Differences]]] = {
     "strict": {"patch_embed": {"activation": {"bits": 8}}},
-    "deploy": {role: {side: {"bits": 8} for side in SIDES} for role in ("patch_embed", "head")},
+    "deploy": {role: {side: {"bits": 8} for side in SIDES} for role in ("patch_embed", "head", "output")},
 }
 
 

@@ -20,7 +20,7 @@ from vitq_compiler.pipeline import Compilation
 from vitq_compiler.prefix import Inputs, Stage, stages, walk
 from vitq_compiler.qdq import insert_qdq, quantized_weight
 from vitq_compiler.quant import Edge, fake_quantize
-from vitq_compiler.runtime import Feed
+from vitq_compiler.runtime import limited
 
 
 @dataclass(frozen=True)
@@ -93,7 +93,7 @@ def sweep(c: Compilation, repair: Repair, label: str, *, samples: int = 0, halve
     steps = walk(
         floating,
         cut,
-        _first(c.data.calibration(), samples) if samples else c.data.calibration(),
+        limited(c.graph.inputs, c.data.calibration(), samples) if samples else c.data.calibration(),
         lambda stage: quantized_part(c, stage),
         threads=c.threads,
         work_dir=c.work_dir,
@@ -108,13 +108,6 @@ def sweep(c: Compilation, repair: Repair, label: str, *, samples: int = 0, halve
             repair(linear, wanted[linear.name], shared[key])
             changes += 1
     return changes
-
-
-def _first(batches: Iterator[Feed], samples: int) -> Iterator[Feed]:
-    """Whole batches, until there are so many samples."""
-    while samples > 0 and (feed := next(batches, None)) is not None:
-        yield feed
-        samples -= len(next(iter(feed.values())))
 
 
 def _rounded(c: Compilation, linear: Linear, inputs: Inputs) -> Iterator[tuple[NDArray[np.float32], NDArray[np.float32]]]:

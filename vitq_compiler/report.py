@@ -19,18 +19,19 @@ class PassRow:
 
 @dataclass(frozen=True)
 class LinearRow:
-    """One Linear layer (or patch embedding).
+    """One Linear layer (or patch embedding) of the model as given.
 
     Attributes:
-        name: its node in the compiled graph.
+        name: its node.
         scope: the module it came from, where the exporter recorded it.
-        role: what it does: qkv, mix, proj, fc1, gate, fc2, head, linear, patch_embed.
+        role: what it does: qkv, mix, proj, fc1, gate, fc2, head, output, linear, patch_embed.
         block: its block, such as ``attention 3``.
         in_features, out_features: its size.
         quantized: whether weight and activation are integers in the output.
-        kernel: the runtime's operator that computes it, such as QGemm; empty where unknown.
+        kernel: the runtime's operator that computes it, such as QGemm, or several; empty where unknown.
         integer: whether that operator computes on integers.
         reason: why it is not quantized, or not computed on integers.
+        parts: the nodes that it was taken apart into, or its one node; it has what all of them have.
     """
 
     name: str
@@ -43,6 +44,7 @@ class LinearRow:
     kernel: str
     integer: bool
     reason: str
+    parts: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -94,6 +96,7 @@ class OutputRow:
         cosine: cosine similarity of the flattened outputs, NaN likewise.
         agreement: part of samples with the same top-1, or None where the output does not look like logits or class ids.
         saturated_db: the SQNR on x86 CPUs without VNNI, where that differs; None where products of codes cannot saturate.
+        varies: whether the float output differs between samples.
     """
 
     name: str
@@ -101,6 +104,7 @@ class OutputRow:
     cosine: float
     agreement: float | None
     saturated_db: float | None = None
+    varies: bool = True
 
 
 @dataclass(frozen=True)
@@ -234,7 +238,7 @@ class CompileReport:
 
     @property
     def quantized(self) -> int:
-        """How many Linear layers are quantized."""
+        """How many Linear layers of the model as given are quantized."""
         return sum(row.quantized for row in self.linears)
 
     @property

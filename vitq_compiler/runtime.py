@@ -6,7 +6,7 @@ import ctypes
 import gc
 import sys
 import tempfile
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -162,20 +162,43 @@ def probe(graph: Graph, tensors: Iterable[str], feeds: Sequence[Feed], *, thread
 
 
 def probe_feed(inputs: Sequence[InputSpec], batch: int, image_size: int = 224, seed: int = 0) -> Feed:
-    """Seeded random values of the right types and shapes; dynamic sizes become ``batch`` (first axis) and ``image_size``."""
+    """Seeded random values of the right types and shapes; dynamic sizes become ``batch`` (axis of samples) and ``image_size``."""
     random = np.random.default_rng(seed)
     feed: Feed = {}
     for spec in inputs:
-        shape = [d if isinstance(d, int) and d > 0 else (batch if i == 0 else image_size) for i, d in enumerate(spec.shape)]
+        sizes = [batch if i == 0 and spec.batched else image_size for i in range(len(spec.shape))]
+        shape = [d if isinstance(d, int) and d > 0 else size for d, size in zip(spec.shape, sizes, strict=True)]
         values = random.standard_normal(shape) if spec.dtype.kind == "f" else random.integers(0, 2, shape)
         feed[spec.name] = values.astype(spec.dtype)
     return feed
 
 
+def sample_count(inputs: Sequence[InputSpec], feed: Feed) -> int:
+    """How many samples a batch holds: one where no input has a batch axis."""
+    return next((len(feed[spec.name]) for spec in inputs if spec.batched), 1)
+
+
+def some_samples(inputs: Sequence[InputSpec], feed: Feed, first: int, last: int) -> Feed:
+    """The samples from number ``first`` to before ``last`` of a batch; all of them where the model fixes its batch."""
+    open_batch = {spec.name for spec in inputs if spec.batched}
+    if not open_batch or any(spec.fixed_batch for spec in inputs):
+        return feed
+    return {name: array[first:last] if name in open_batch else array for name, array in feed.items()}
+
+
 def first_samples(inputs: Sequence[InputSpec], feed: Feed, count: int) -> Feed:
-    """The first samples of a batch; all of them where the model fixes its batch."""
-    fixed = any(spec.shape and isinstance(spec.shape[0], int) and spec.shape[0] > 0 for spec in inputs)
-    return feed if fixed else {name: array[:count] for name, array in feed.items()}
+    """The first ``count`` of `some_samples`."""
+    return some_samples(inputs, feed, 0, count)
+
+
+def limited(inputs: Sequence[InputSpec], batches: Iterable[Feed], count: int) -> Iterator[Feed]:
+    """Batches of the first ``count`` samples of ``batches``; more only where the model fixes its batch."""
+    left = count
+    for feed in batches:
+        if left <= 0:
+            break
+        yield (part := first_samples(inputs, feed, left))
+        left -= sample_count(inputs, part)
 
 
 def supports(op: str, opset: int) -> bool:

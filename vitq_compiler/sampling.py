@@ -6,7 +6,7 @@ memory nor the cost of a search grows with the model's resolution.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from vitq_compiler.graph import Graph, Tensor
 from vitq_compiler.progress import Progress
-from vitq_compiler.runtime import Feed, run, session
+from vitq_compiler.runtime import Feed, run, sample_count, session, some_samples
 
 Samples = NDArray[np.floating[Any]]
 
@@ -47,9 +47,13 @@ def sample_rows(
 def sample_matrices(
     graph: Graph, names: Sequence[str], batches: Iterable[Feed], total: int, *, images: int, threads: int, progress: Progress
 ) -> dict[str, Samples]:
-    """Whole entries of the first axis of each tensor, at most ``images``, one or more of every batch; see `sample_rows`."""
+    """Whole entries of the first axis of each tensor, at most ``images``, the first ones of samples spread over all; see `sample_rows`.
+
+    However samples are divided into batches, these are the same; only a model that fixes its batch gives entries of whole batches.
+    """
     copy = graph.snapshot()
     each = max(1, -(-images // max(total, 1)))
+    wanted = {number * total // images for number in range(images)}
     outputs = []
     for name in names:
         tensor = copy.tensor(name)
@@ -57,12 +61,21 @@ def sample_matrices(
         outputs.append(copy.insert("Slice", [tensor, *ends], name=f"{name}/some", like=tensor))
         outputs[-1].shape = None
     found: dict[str, list[Samples]] = {name: [] for name in names}
-    for results in _sweep(copy, outputs, batches, total, threads, progress):
-        if found and len(next(iter(found.values()))) * each >= images:
-            break
+    for results in _sweep(copy, outputs, _picked(graph, batches, wanted), len(wanted), threads, progress):
         for name, array in zip(names, results, strict=True):
             found[name].append(array)
     return {name: np.concatenate(parts)[:images] for name, parts in found.items()}
+
+
+def _picked(graph: Graph, batches: Iterable[Feed], wanted: set[int]) -> Iterator[Feed]:
+    """The samples of these numbers, each alone; the batches that hold them where the model fixes its batch."""
+    start = 0
+    for feed in batches:
+        count = sample_count(graph.inputs, feed)
+        chosen = [number - start for number in sorted(wanted) if start <= number < start + count]
+        start += count
+        alone = [some_samples(graph.inputs, feed, number, number + 1) for number in chosen]
+        yield from alone[:1] if alone and alone[0] is feed else alone
 
 
 def _some_tokens(graph: Graph, tensor: Tensor, each: int, random: np.random.Generator) -> Tensor:
@@ -86,7 +99,7 @@ def _sweep(
     done = 0
     for feed in batches:
         yield run(runtime, feed, [t.name for t in outputs])
-        done += len(next(iter(feed.values())))
+        done += sample_count(graph.inputs, feed)
         progress("sampling", min(done, total), total)
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from math import nan
 
 import numpy as np
@@ -12,7 +12,6 @@ import onnxruntime as ort
 
 from vitq_compiler import metrics
 from vitq_compiler.graph import Array, Graph
-from vitq_compiler.progress import Progress, silent
 from vitq_compiler.quant import Edge
 from vitq_compiler.report import BlockRow, LatencyRow, OutputRow
 from vitq_compiler.runtime import Feed, narrowed, run, session
@@ -21,27 +20,45 @@ ROUNDS = 15
 SECONDS_PER_SETTING = 0.35  # timing stops after this, with at least three rounds
 
 
-def outputs(runtime: ort.InferenceSession, batches: Iterable[Feed], total: int, progress: Progress = silent) -> Iterator[list[Array]]:
-    """All outputs, batch by batch, each when it is asked for."""
-    done = 0
+def outputs(
+    runtime: ort.InferenceSession, batches: Iterable[Feed], progress: Callable[[Feed], None] | None = None
+) -> Iterator[list[Array]]:
+    """All outputs, batch by batch, each when it is asked for; ``progress`` is told what has been run."""
     for feed in batches:
         yield run(runtime, feed)
-        done += len(next(iter(feed.values())))
-        progress("validating", done, total)
+        if progress is not None:
+            progress(feed)
 
 
 def compare_outputs(
-    names: Sequence[str], floating: Iterable[list[Array]], integer: Iterable[list[Array]], classes: frozenset[str]
+    names: Sequence[str], floating: Iterable[list[Array]], integer: Iterable[list[Array]], classes: frozenset[str], *, batched: bool = True
 ) -> tuple[OutputRow, ...]:
-    """Every output of two sessions on the same batches; ``classes`` names those of which the largest entry is a decision."""
+    """Every output of two sessions on the same batches.
+
+    Args:
+        names: the outputs.
+        floating: their values, batch by batch.
+        integer: likewise.
+        classes: names those of which the largest entry is a decision.
+        batched: whether outputs have a batch axis; else each is that of one sample.
+    """
     pairs = list(zip(floating, integer, strict=True))
     rows = []
     for index, name in enumerate(names):
-        reference, other = (np.concatenate([np.atleast_1d(p[side][index]) for p in pairs]) for side in (0, 1))
+        reference, other = (_together([p[side][index] for p in pairs], batched) for side in (0, 1))
         decides = name in classes or reference.dtype.kind in "iu"
         numbers = (metrics.sqnr(reference, other), metrics.cosine(reference, other)) if reference.dtype.kind == "f" else (nan, nan)
-        rows.append(OutputRow(name, *numbers, metrics.agreement(reference, other) if decides else None))
+        agreement = metrics.agreement(reference, other) if decides else None
+        rows.append(OutputRow(name, *numbers, agreement, varies=metrics.varies(reference)))
     return tuple(rows)
+
+
+def _together(parts: Sequence[Array], batched: bool) -> Array:
+    """One output on all batches; of samples without a batch axis a row of each, or all in one where their sizes differ."""
+    if batched:
+        return np.concatenate([np.atleast_1d(part) for part in parts])
+    flat = [part.reshape(-1) for part in parts]
+    return np.stack(flat) if len({part.size for part in parts}) == 1 else np.concatenate(flat)
 
 
 def probe_blocks(graph: Graph, edges: Mapping[str, Edge], feed: Feed, threads: int, *, brief: bool) -> dict[str, tuple[Edge, Array]]:
@@ -85,8 +102,8 @@ def compare_blocks(floating: Mapping[str, tuple[Edge, Array]], integer: Graph, f
     return tuple(rows)
 
 
-def time_pair(floating: ort.InferenceSession, integer: ort.InferenceSession, feed: Feed, threads: int) -> LatencyRow:
-    """Median latency of both, in turn A B B A, and the median of the paired ratios."""
+def time_pair(floating: ort.InferenceSession, integer: ort.InferenceSession, feed: Feed, threads: int, batch: int) -> LatencyRow:
+    """Median latency of both on a feed of ``batch`` samples, in turn A B B A, and the median of the paired ratios."""
     rounds: list[tuple[float, float]] = []
     feeds = {id(runtime): narrowed(runtime, feed) for runtime in (floating, integer)}
     for runtime in (floating, integer):
@@ -101,9 +118,7 @@ def time_pair(floating: ort.InferenceSession, integer: ort.InferenceSession, fee
             seconds[id(runtime)] = time.perf_counter() - start
         rounds.append((seconds[id(floating)], seconds[id(integer)]))
     a, b = np.array(rounds).T
-    return LatencyRow(
-        threads, len(next(iter(feed.values()))), float(np.median(a) * 1e3), float(np.median(b) * 1e3), float(np.median(b / a))
-    )
+    return LatencyRow(threads, batch, float(np.median(a) * 1e3), float(np.median(b) * 1e3), float(np.median(b / a)))
 
 
 def time_alone(runtime: ort.InferenceSession, feed: Feed) -> float:

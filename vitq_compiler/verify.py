@@ -72,9 +72,7 @@ class Parity:
             return
         for name, graph in pending:
             if (fault := self._fault(graph)) is not None:
-                raise InvariantError(
-                    f"pass {name} changed the float outputs ({fault}); leave it out with --passes, and please report the model"
-                )
+                raise InvariantError(f"pass {name} changed the float outputs ({fault}); leave it out with --passes")
 
     def _fault(self, graph: Graph) -> str | None:
         try:

@@ -216,7 +216,7 @@ def test_calibration(folder: Path, name: str) -> None:
 
 def test_broken_pictures_beside_good_ones_are_skipped(folder: Path) -> None:
     save_broken_pictures(folder / "photos")
-    Image.new("RGB", (9, 9), "red").save(folder / "photos" / "c.png")
+    Image.linear_gradient("L").save(folder / "photos" / "c.png")
     result = run("vit.onnx", *FAST, "--calibration", "photos")
     assert result.exit_code == 0
     assert "2 skipped" in result.stdout
@@ -298,6 +298,8 @@ def test_words(folder: Path, words: str, fault: str) -> None:
         ("-o link.onnx", "is the input model"),
         ("-o hard.onnx", "is the input model"),
         ("-o none/out.onnx", "the folder none does not exist; create it first"),
+        ("-o out.ort", "out.ort: .ort is onnxruntime's own format; give a name in .onnx, and convert the file with"),
+        ("-o out.json", "onnx reads .json as json"),
         ("-o out.onnx --report none/r.json", "the folder none does not exist; create it first"),
         ("-o out.onnx --report sub", "is a directory; give a file name"),
         ("-o out.onnx --report vit.onnx", "is the model or the output; give another name"),

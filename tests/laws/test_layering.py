@@ -19,7 +19,7 @@ LAYERS = (
     ("",),
     ("arguments", "check", "compiler", "diagnosis", "inspection", "terminal"),
     ("opening", "passes", "provenance", "sensitivity", "verdict"),
-    ("annotations", "catalog", "explain", "plots", "recipe", "repair", "report", "training", "validation", "verify"),
+    ("annotations", "catalog", "explain", "plots", "preprocess_in_graph", "recipe", "repair", "report", "training", "validation", "verify"),
     ("prefix",),
     ("saturation",),
     ("blocks", "quantizers", "targets"),

@@ -138,4 +138,4 @@ def test_no_roles_outside_a_transformer() -> None:
         a = MatMul(x, w) b = Relu(a) d = MatMul(b, w) e = MatMul(x, w) f = Add(d, e) h = MatMul(f, w) y = Neg(h)
     }"""
     found = understand(graph_of(text, w=np.eye(4, dtype=np.float32)))
-    assert [linear.role for linear in found.linears] == ["fc1", "fc2", "linear", "head"]
+    assert [linear.role for linear in found.linears] == ["fc1", "fc2", "linear", "output"]

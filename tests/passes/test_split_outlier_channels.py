@@ -11,6 +11,7 @@ from vitq_compiler.passes.reparameterize_layernorm import ReparameterizeLayernor
 from vitq_compiler.passes.split_outlier_channels import SplitOutlierChannels
 from vitq_compiler.pipeline import Compilation
 from vitq_compiler.quant import Edge
+from vitq_compiler.verdict import linear_rows
 
 HIDDEN = 64
 TOLERANCE = 1e-5
@@ -54,6 +55,9 @@ def test_what_is_split_off_stays_in_float_and_says_so() -> None:
     ]
     assert len(c.annotations.linears) == len(roles) + 2
     assert not any(Edge(linear.name, 0) in c.specs for linear in added)
+    assert [(row.role, row.parts) for row in linear_rows(c, {}) if row.role != "patch_embed"] == [
+        (linear.role, (linear.name,)) for linear in c.annotations.linears if linear not in added
+    ], "they are counted as no layers of their own, and as no parts"
     assert {note.where for note in c.notes if "outlier channels stay in float" in note.reason} == {linear.name for linear in added}
 
 

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from vitq_compiler.graph import Graph, Node, Tensor, is_constant, readers, value
 
-ROLES = ("qkv", "mix", "proj", "fc1", "gate", "fc2", "head", "linear", "patch_embed")
+ROLES = ("qkv", "mix", "proj", "fc1", "gate", "fc2", "head", "output", "linear", "patch_embed")
 
 
 @dataclass(eq=False)
@@ -22,6 +22,8 @@ class Linear:
         add: the Add node of the bias, or None; its input 1 is the bias [out_features].
         role: what it does in its block, one of `ROLES`.
         block: the block it belongs to, such as ``attention 3``; empty outside blocks.
+        layers: names of the layers of the model as given that it computes, or a part of: one, until a pass puts several together.
+        aside: whether it is a small float product beside a layer, which takes out what would stretch its range.
         name: the name of its MatMul node, kept after lowering has replaced the node.
         in_features, out_features: the shape of the weight.
     """
@@ -30,12 +32,15 @@ class Linear:
     add: Node | None
     role: str = "linear"
     block: str = ""
+    layers: tuple[str, ...] = ()
+    aside: bool = False
     name: str = field(init=False)
     in_features: int = field(init=False)
     out_features: int = field(init=False)
 
     def __post_init__(self) -> None:
         self.name = self.matmul.name
+        self.layers = self.layers or (self.name,)
         self.in_features, self.out_features = value(self.weight).shape
 
     @property

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from vitq_compiler.blocks.picture import KEEPING, RESIZING
 from vitq_compiler.graph import Graph, Node, Tensor, is_constant, producer
 
-ELEMENTWISE = frozenset({"Add", "Sub", "Mul", "Div", "Cast", "Identity", "Transpose"})
+ELEMENTWISE = frozenset({"Add", "Sub", "Mul", "Div", "BatchNormalization"}) | KEEPING
+MOVING = frozenset({"Transpose", "Unsqueeze", "Squeeze", "Slice", "Gather", "GatherND"})
+PREPROCESSING = ELEMENTWISE | MOVING | RESIZING
 
 
 def find_patch_embeddings(graph: Graph) -> list[Node]:
-    """Conv nodes without overlap that read a graph input, directly or through elementwise preprocessing."""
+    """Conv nodes without overlap that read a graph input, directly or through preprocessing."""
     return [n for n in graph.find("Conv") if not patchify_fault(graph, n)]
 
 
@@ -29,7 +32,10 @@ def patchify_fault(graph: Graph, node: Node) -> str:
 def _reads_input(graph: Graph, tensor: Tensor) -> bool:
     while not graph.is_input(tensor):
         node = producer(tensor)
-        if node is None or node.op not in ELEMENTWISE or not all(is_constant(t) for t in node.inputs[1:]):
+        if node is None or node.op not in PREPROCESSING:
             return False
-        tensor = node.inputs[0]
+        sources = [t for t in node.inputs if t.name and not is_constant(t)]
+        if node.op not in RESIZING and len(sources) > 1:
+            return False
+        tensor = node.inputs[0] if node.op in RESIZING else sources[0]
     return True

@@ -164,13 +164,14 @@ class Tensorrt(Target):
         shapes = ""
         if any(not (isinstance(d, int) and d > 0) for spec in inputs for d in spec.shape):
             for name, batch in (("min", SMALL), ("opt", USUAL), ("max", LARGE)):
-                sizes = (
-                    f"{s.name}:"
-                    + "x".join(str(d if isinstance(d, int) and d > 0 else batch if i == 0 else 224) for i, d in enumerate(s.shape))
-                    for s in inputs
-                )
-                shapes += f" --{name}Shapes={','.join(sizes)}"
+                shapes += f" --{name}Shapes={','.join(f'{spec.name}:{_sizes(spec, batch)}' for spec in inputs)}"
         return f"trtexec --onnx={path}{types}{shapes} --saveEngine={path.with_suffix('.engine')}"
+
+
+def _sizes(spec: InputSpec, batch: int) -> str:
+    """The shape of an input as trtexec reads it, with so many samples, and 224 for every other size that is open."""
+    free = [batch if axis == 0 and spec.batched else 224 for axis in range(len(spec.shape))]
+    return "x".join(str(size if isinstance(size, int) and size > 0 else other) for size, other in zip(spec.shape, free, strict=True))
 
 
 def _codes(tensor: Tensor) -> Tensor | None:

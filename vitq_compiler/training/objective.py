@@ -57,9 +57,9 @@ class Goal:
 
 
 def features(c: Compilation) -> tuple[str, ...]:
-    """What the heads read; where there is none, the outputs of the graph."""
-    heads = dict.fromkeys(linear.input.name for linear in c.annotations.linears if linear.role == "head")
-    return tuple(heads) or tuple(t.name for t in c.graph.outputs if t.dtype is None or np.dtype(t.dtype).kind == "f")
+    """What heads and other last layers read; where there is none, the outputs of the graph."""
+    ends = dict.fromkeys(linear.input.name for linear in c.annotations.linears if linear.role in ("head", "output"))
+    return tuple(ends) or tuple(t.name for t in c.graph.outputs if t.dtype is None or np.dtype(t.dtype).kind == "f")
 
 
 def _answers(c: Compilation, loss: str) -> tuple[str, ...]:
