@@ -11,9 +11,9 @@ from collections.abc import Iterable
 
 import numpy as np
 import onnx
-from onnx import TensorProto, helper, numpy_helper
+from onnx import TensorProto, helper
 
-from vitq_compiler.graph import to_array
+from vitq_compiler.tensors import from_array, to_array
 
 HALF = {TensorProto.FLOAT16: "float16", TensorProto.BFLOAT16: "bfloat16"}
 TYPE_ATTRIBUTES = frozenset({"to", "dtype", "stash_type", "output_dtype"})  # of Cast, RandomNormal, LayerNormalization and their like
@@ -53,7 +53,7 @@ def widen(model: onnx.ModelProto) -> dict[str, int]:
 
 def _widen_tensor(tensor: TensorProto) -> None:
     if tensor.data_type in HALF:
-        tensor.CopyFrom(numpy_helper.from_array(to_array(tensor).astype(np.float32), tensor.name))
+        tensor.CopyFrom(from_array(to_array(tensor).astype(np.float32), tensor.name))
 
 
 def narrow(model: onnx.ModelProto, boundary: dict[str, int]) -> onnx.ModelProto:
