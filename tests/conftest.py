@@ -19,7 +19,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     if importlib.util.find_spec("torch") is None:
         for item in items:
             if item.get_closest_marker("torch"):
-                item.add_marker(pytest.mark.skip(reason="needs the torch extra: make setup-torch"))
+                item.add_marker(pytest.mark.skip(reason="needs the extras: make setup-torch"))
 
 
 @pytest.fixture(scope="session")

@@ -40,6 +40,7 @@ def test_pictures_show_the_rewrite_that_evens_the_channels_most(tmp_path: Path) 
     assert "pictures" not in json.loads(found.to_json())
 
 
+@pytest.mark.torch
 def test_a_file_is_drawn(tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
     ranges = Ranges(np.arange(-6, 0.0), np.arange(1, 7.0))
@@ -49,6 +50,7 @@ def test_a_file_is_drawn(tmp_path: Path) -> None:
         check_plots(Path("p.docx"))
 
 
+@pytest.mark.torch
 def test_the_command_draws(tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
     onnx.save(vit(Sizes(width=16, hidden=24)), tmp_path / "vit.onnx")

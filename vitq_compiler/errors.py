@@ -5,6 +5,10 @@ class VitqError(Exception):
     """Base of all errors a user can cause; the command line prints it as one line and exits with 2."""
 
 
+class InstallError(VitqError):
+    """A package that the compiler is built on is older than it needs."""
+
+
 class ModelError(VitqError):
     """The input model is unfit: unreadable, already quantized, no transformer block."""
 

@@ -1,0 +1,77 @@
+"""The environments that the project names: lowest versions, those of the tests, and what runs only beside the extras."""
+
+import ast
+import re
+import tomllib
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.laws.sources import ROOT, python_files, relative, syntax
+from vitq_compiler.dependencies import release
+
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+TESTS = [path for path in python_files() if relative(path).startswith("tests/")]
+
+
+def normal(name: str) -> str:
+    """The name of a package as indexes compare it."""
+    return re.sub(r"[-_.]+", "-", name).lower()
+
+
+def pins(file: str) -> dict[str, str]:
+    """The exact versions of a constraints file, by package."""
+    lines = (ROOT / file).read_text(encoding="utf-8").splitlines()
+    return {normal(name): version for name, _, version in (line.partition("==") for line in lines) if version}
+
+
+def bounds(requirements: list[str]) -> dict[str, str]:
+    """The lowest version of each requirement, by package; every one has just that."""
+    found = [re.fullmatch(r"([\w.-]+)>=([\d.]+)", text) for text in requirements]
+    assert all(found), requirements
+    return {normal(match[1]): match[2] for match in found if match}
+
+
+def test_the_oldest_environment_has_the_lowest_versions_that_are_declared() -> None:
+    declared, oldest = bounds(PROJECT["dependencies"]), pins("constraints-oldest.txt")
+    assert {name: oldest.get(name) for name in declared} == declared
+
+
+@pytest.mark.parametrize("extra", [None, *PROJECT["optional-dependencies"]])
+def test_the_tests_run_with_versions_that_are_declared(extra: str | None) -> None:
+    declared = bounds(PROJECT["optional-dependencies"][extra] if extra else PROJECT["dependencies"])
+    pinned = pins("constraints.txt")
+    assert {name for name, least in declared.items() if name not in pinned or release(pinned[name]) < release(least)} == set()
+
+
+def needs_extras(tree: ast.Module, packages: set[str]) -> Iterator[tuple[int, bool]]:
+    """Each place that imports or skips for want of a package of the extras: its line, and whether it has the mark ``torch``."""
+    marked_file = any("mark.torch" in ast.unparse(node) for node in tree.body if isinstance(node, ast.Assign))
+    for top in tree.body:
+        marked = marked_file or (isinstance(top, ast.FunctionDef) and any("mark.torch" in ast.unparse(d) for d in top.decorator_list))
+        for node in ast.walk(top):
+            match node:
+                case ast.Call(func=ast.Attribute(attr="importorskip"), args=[ast.Constant(value=str(name)), *_]):
+                    names = {name}
+                case ast.Import(names=aliases):
+                    names = {alias.name for alias in aliases}
+                case ast.ImportFrom(module=str(name)):
+                    names = {name}
+                case _:
+                    continue
+            if {name.partition(".")[0] for name in names} & packages:
+                yield node.lineno, marked
+
+
+@pytest.mark.parametrize("path", TESTS, ids=relative)
+def test_what_needs_the_extras_is_marked(path: Path) -> None:
+    """So that `make test-torch` runs it, and nothing else."""
+    packages = {name for extra in ("torch", "zoo", "plots") for name in bounds(PROJECT["optional-dependencies"][extra])}
+    assert [line for line, marked in needs_extras(syntax(path), packages) if not marked] == []
+
+
+def test_the_check_sees_violations() -> None:
+    text = "def test_a():\n    pytest.importorskip('torch.nn')\n@pytest.mark.torch\ndef test_b():\n    import torch\nimport numpy"
+    assert list(needs_extras(ast.parse(text), {"torch"})) == [(2, False), (5, True)]
+    assert list(needs_extras(ast.parse("pytestmark = [pytest.mark.torch]\nimport torch"), {"torch"})) == [(2, True)]
