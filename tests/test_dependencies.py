@@ -12,7 +12,7 @@ from vitq_compiler.errors import InstallError
 
 @pytest.fixture
 def installed(monkeypatch: pytest.MonkeyPatch) -> dict[str, str]:
-    """Versions to pretend, by package; an empty one is missing. Two are declared, and one of an extra."""
+    """Versions to pretend, by package; an empty one is missing. Three are declared, and one of an extra."""
     pretended: dict[str, str] = {}
     real = metadata.version
 
@@ -22,7 +22,8 @@ def installed(monkeypatch: pytest.MonkeyPatch) -> dict[str, str]:
         return pretended.get(name) or real(name)
 
     monkeypatch.setattr(metadata, "version", version)
-    monkeypatch.setattr(metadata, "requires", lambda name: ["onnx>=1.16.0", "onnxruntime >= 1.18", 'pytest>=9999; extra == "dev"'])
+    declared = ["numpy>=1.26", "onnx>=1.16.0", "onnxruntime >= 1.18", 'pytest>=9999; extra == "dev"']
+    monkeypatch.setattr(metadata, "requires", lambda name: declared)
     return pretended
 
 
@@ -45,6 +46,16 @@ def test_one_line_for_who_has_less(installed: dict[str, str]) -> None:
 def test_a_development_version_and_a_package_of_another_name_pass(installed: dict[str, str]) -> None:
     installed |= {"onnx": "1.16.dev20260101", "onnxruntime": ""}
     check_dependencies()
+
+
+@pytest.mark.parametrize(("runtime", "numpy", "fits"), [("1.18.1", "1.26.4", True), ("1.18.1", "2.0.0", False), ("1.19.0", "2.4.6", True)])
+def test_an_onnxruntime_of_numpy_1(runtime: str, numpy: str, fits: bool, installed: dict[str, str]) -> None:
+    installed |= {"onnxruntime": runtime, "numpy": numpy}
+    if fits:
+        check_dependencies()
+    else:
+        with pytest.raises(InstallError, match=r'^onnxruntime 1\.18\.1 is built for numpy 1 .* beside 2\.0\.0: .* "numpy<2"'):
+            check_dependencies()
 
 
 def test_files_without_an_installation(monkeypatch: pytest.MonkeyPatch) -> None:

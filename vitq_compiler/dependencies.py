@@ -9,15 +9,16 @@ from vitq_compiler.errors import InstallError
 
 PACKAGE = "vitq-compiler"
 BOUND = re.compile(r"([\w.-]+) *>= *([\d.]+)")  # a requirement of pyproject.toml; those of extras have a condition behind it
+NUMPY_2 = "1.19"  # the first onnxruntime that is built for numpy 2; none says so in its metadata
 
 
 def check_dependencies() -> None:
-    """Refuse packages that are older than declared.
+    """Refuse packages that are older than declared, or of which one is not built for another.
 
     One that is installed under another name, as onnxruntime-gpu provides onnxruntime, is left to its user.
 
     Raises:
-        InstallError: a package is too old, or the compiler itself is not installed.
+        InstallError: a package is too old or does not load beside another, or the compiler itself is not installed.
     """
     try:
         requirements = metadata.requires(PACKAGE) or []
@@ -30,6 +31,10 @@ def check_dependencies() -> None:
         told = ", ".join(f"{name} {installed[name]} is older than {least}" for name, least in old)
         wanted = " ".join(f'"{name}>={least}"' for name, least in old)
         raise InstallError(f"{told}, the oldest that works here: pip install {wanted}")
+    runtime, numpy = installed.get("onnxruntime", NUMPY_2), installed.get("numpy", "1")
+    if release(runtime) < release(NUMPY_2) and release(numpy) >= (2,):
+        remedy = f'pip install "numpy<2" or "onnxruntime>={NUMPY_2}"'
+        raise InstallError(f"onnxruntime {runtime} is built for numpy 1 and does not load beside {numpy}: {remedy}")
 
 
 def release(version: str) -> tuple[int, ...]:
