@@ -29,14 +29,14 @@ $(STAMP): pyproject.toml constraints.txt
 	@touch $@
 
 $(TORCH_STAMP): $(STAMP)
-	$(BIN)/python -m pip install -q -c constraints.txt -e '.[dev,torch,zoo,plots]'
+	$(BIN)/python -m pip install -q -c constraints.txt -e '.[dev,torch,zoo,plots,hub]'
 	@touch $@
 
 test: setup ## the default tests
 	$(BIN)/python -m pytest -m "not slow" $(WORKERS) $(ARGS)
 
-test-torch: setup-torch ## those of the default tests that need what setup-torch adds
-	$(BIN)/python -m pytest -m "torch and not slow" $(WORKERS) $(ARGS)
+test-torch: setup-torch ## those of the default tests that need an extra
+	$(BIN)/python -m pytest -m "(torch or hub or plots) and not slow" $(WORKERS) $(ARGS)
 
 slow: setup ## the slow tests
 	$(BIN)/python -m pytest -m slow $(ARGS)

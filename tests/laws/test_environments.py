@@ -12,6 +12,8 @@ from tests.laws.sources import ROOT, python_files, relative, syntax
 from vitq_compiler.dependencies import release
 
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+# Package of an extra -> the marker of the tests that need it.
+MARKERS = {"torch": "torch", "onnxscript": "torch", "transformers": "torch", "huggingface_hub": "hub", "matplotlib": "plots"}
 TESTS = [path for path in python_files() if relative(path).startswith("tests/")]
 
 
@@ -45,33 +47,41 @@ def test_the_tests_run_with_versions_that_are_declared(extra: str | None) -> Non
     assert {name for name, least in declared.items() if name not in pinned or release(pinned[name]) < release(least)} == set()
 
 
-def needs_extras(tree: ast.Module, packages: set[str]) -> Iterator[tuple[int, bool]]:
-    """Each place that imports or skips for want of a package of the extras: its line, and whether it has the mark ``torch``."""
-    marked_file = any("mark.torch" in ast.unparse(node) for node in tree.body if isinstance(node, ast.Assign))
+def unmarked(tree: ast.Module, markers: dict[str, str]) -> Iterator[tuple[int, str]]:
+    """Each place that imports a package of an extra, or skips for want of it, without the mark of that extra: its line, and the package."""
+    of_file = [ast.unparse(node) for node in tree.body if isinstance(node, ast.Assign)]
     for top in tree.body:
-        marked = marked_file or (isinstance(top, ast.FunctionDef) and any("mark.torch" in ast.unparse(d) for d in top.decorator_list))
+        marks = [*of_file, *map(ast.unparse, top.decorator_list)] if isinstance(top, ast.FunctionDef) else of_file
         for node in ast.walk(top):
             match node:
-                case ast.Call(func=ast.Attribute(attr="importorskip"), args=[ast.Constant(value=str(name)), *_]):
-                    names = {name}
+                case ast.Call(func=ast.Attribute(attr="importorskip" | "find_spec"), args=[ast.Constant(value=str(name)), *_]):
+                    names = [name]
                 case ast.Import(names=aliases):
-                    names = {alias.name for alias in aliases}
+                    names = [alias.name for alias in aliases]
                 case ast.ImportFrom(module=str(name)):
-                    names = {name}
+                    names = [name]
                 case _:
                     continue
-            if {name.partition(".")[0] for name in names} & packages:
-                yield node.lineno, marked
+            for package in {name.partition(".")[0] for name in names} & markers.keys():
+                if not any(f"mark.{markers[package]}" in mark for mark in marks):
+                    yield node.lineno, package
+
+
+def test_every_package_of_an_extra_has_a_marker() -> None:
+    extras = [requirements for extra, requirements in PROJECT["optional-dependencies"].items() if extra != "dev"]
+    assert {normal(name) for name in MARKERS} == {name for requirements in extras for name in bounds(requirements)}
 
 
 @pytest.mark.parametrize("path", TESTS, ids=relative)
-def test_what_needs_the_extras_is_marked(path: Path) -> None:
-    """So that `make test-torch` runs it, and nothing else."""
-    packages = {name for extra in ("torch", "zoo", "plots") for name in bounds(PROJECT["optional-dependencies"][extra])}
-    assert [line for line, marked in needs_extras(syntax(path), packages) if not marked] == []
+def test_what_needs_an_extra_is_marked(path: Path) -> None:
+    """So that `make test-torch` runs it."""
+    assert list(unmarked(syntax(path), MARKERS)) == []
 
 
 def test_the_check_sees_violations() -> None:
-    text = "def test_a():\n    pytest.importorskip('torch.nn')\n@pytest.mark.torch\ndef test_b():\n    import torch\nimport numpy"
-    assert list(needs_extras(ast.parse(text), {"torch"})) == [(2, False), (5, True)]
-    assert list(needs_extras(ast.parse("pytestmark = [pytest.mark.torch]\nimport torch"), {"torch"})) == [(2, True)]
+    text = (
+        "def test_a():\n    pytest.importorskip('torch.nn')\n@pytest.mark.torch\ndef test_b():\n    import torch, matplotlib\nimport numpy"
+    )
+    markers = {"torch": "torch", "matplotlib": "plots"}
+    assert list(unmarked(ast.parse(text), markers)) == [(2, "torch"), (5, "matplotlib")]
+    assert list(unmarked(ast.parse("pytestmark = [pytest.mark.torch]\nimport torch"), markers)) == []
