@@ -119,9 +119,11 @@ def train(rank: int, options: argparse.Namespace) -> None:
     os.environ.setdefault("MASTER_PORT", str(options.port))
     torch.distributed.init_process_group("gloo", rank=rank, world_size=options.workers)
 
-    data = np.load(options.data)
-    images = torch.from_numpy(data["x_train"]).permute(0, 3, 1, 2)
-    labels = torch.from_numpy(data["y_train"]).long()
+    with np.load(options.data) as data:
+        images = torch.from_numpy(data["x_train"]).permute(0, 3, 1, 2)
+        labels = torch.from_numpy(data["y_train"]).long()
+        test_images = torch.from_numpy(data["x_test"]).permute(0, 3, 1, 2)
+        test_labels = torch.from_numpy(data["y_test"]).long()
     model = ViT()
     parallel = DistributedDataParallel(model)
     steppers = optimizers(model)
@@ -158,8 +160,8 @@ def train(rank: int, options: argparse.Namespace) -> None:
 
     if rank == 0:
         export(model, options.output)
-        accuracy = evaluate(model, torch.from_numpy(data["x_test"]).permute(0, 3, 1, 2), torch.from_numpy(data["y_test"]).long())
-        print(f"top-1 on {len(data['y_test'])} test images: {accuracy:.4f}")
+        accuracy = evaluate(model, test_images, test_labels)
+        print(f"top-1 on {len(test_labels)} test images: {accuracy:.4f}")
     torch.distributed.destroy_process_group()
 
 

@@ -18,13 +18,14 @@ from typing import Any
 
 import numpy as np
 import onnx
+import onnxruntime as ort
 from ml_dtypes import bfloat16
 from onnx import TensorProto
 
 from vitq_compiler.errors import TargetError
 from vitq_compiler.graph import Array, Graph, Node, Tensor, is_constant, scalar, value
 from vitq_compiler.pipeline import Compilation, Fact, Pass
-from vitq_compiler.runtime import Feed, run, session
+from vitq_compiler.runtime import Feed, rounds_half, run, session
 from vitq_compiler.views import VIEWS
 
 TYPES: dict[str, tuple[np.dtype[Any], int]] = {
@@ -60,11 +61,9 @@ class NarrowFloats(Pass):
                 f"{branching.op} node {branching.name} branches, which has no half precision form here; use --float-type fp32"
             )
         graph.infer_shapes()
-        if self.to == "bf16":
+        if reason := self._not_computed(graph):
             c.runnable = graph.snapshot()
-            c.warnings.append(
-                "onnxruntime has no bfloat16 on the CPU: the accuracy figures are those of the graph with a float32 remainder"
-            )
+            c.warnings.append(f"{reason}: the accuracy figures are those of the graph with a float32 remainder")
         wide = self._wide(c)
         narrowed = {id(n) for n in graph.nodes if n.name not in wide}
         graph_outputs = [(t, t.name) for t in graph.outputs if t.dtype == SINGLE]
@@ -77,6 +76,14 @@ class NarrowFloats(Pass):
             _widen_output(graph, tensor, name)
         graph.clean()
         return len(narrowed)
+
+    def _not_computed(self, graph: Graph) -> str:
+        """Why the runtime cannot compute in that type what an engine computes in it, or an empty string."""
+        if self.to == "bf16":
+            return "onnxruntime has no bfloat16 on the CPU"
+        if graph.find("QuantizeLinear") and not rounds_half():
+            return f"onnxruntime {ort.__version__} drops fractions of float16 where it should round them, 1.30 and newer do not"
+        return ""
 
     def _wide(self, c: Compilation) -> dict[str, str]:
         """The nodes that must stay in float32, with the reason, which is noted too."""

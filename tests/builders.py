@@ -29,6 +29,7 @@ from vitq_compiler.registry import load
 from vitq_compiler.runtime import probe_feed
 from vitq_compiler.target import Target
 from vitq_compiler.targets.onnxruntime import Onnxruntime
+from vitq_compiler.tensors import from_array
 
 Array = NDArray[Any]
 Feed = dict[str, Array]
@@ -90,7 +91,7 @@ def model_of(text: str, *, opset: int = OPSET, imports: Mapping[str, int] | None
     opsets = ", ".join(f'"{domain}" : {version}' for domain, version in {"": opset, **(imports or {})}.items())
     model = parser.parse_model(f"<ir_version: {IR_VERSION}, opset_import: [{opsets}]>\n{text}")
     words = set(re.findall(r"\w+", text))
-    model.graph.initializer.extend(numpy_helper.from_array(np.asarray(a), name) for name, a in weights.items() if name in words)
+    model.graph.initializer.extend(from_array(np.asarray(a), name) for name, a in weights.items() if name in words)
     for output in model.graph.output:
         if not output.type.tensor_type.shape.dim:
             output.type.tensor_type.ClearField("shape")  # ``float y`` leaves it to shape inference

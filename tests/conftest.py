@@ -7,6 +7,7 @@ from pathlib import Path
 import hypothesis
 import pytest
 
+EXTRAS = {"torch": "torch", "hub": "huggingface_hub", "plots": "matplotlib"}  # marker -> the module that the tests need
 ROOT = Path(__file__).resolve().parents[1]
 
 # No deadline: a busy machine is not a failure. Derandomized: a red run can be repeated.
@@ -15,11 +16,11 @@ hypothesis.settings.load_profile("vitq")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Skip what is marked ``torch`` where torch is not installed."""
-    if importlib.util.find_spec("torch") is None:
+    """Skip what is marked as needing an extra that is not installed."""
+    for extra in (extra for extra, module in EXTRAS.items() if importlib.util.find_spec(module) is None):
         for item in items:
-            if item.get_closest_marker("torch"):
-                item.add_marker(pytest.mark.skip(reason="needs the torch extra: make setup-torch"))
+            if item.get_closest_marker(extra):
+                item.add_marker(pytest.mark.skip(reason=f"needs the {extra} extra: make setup-torch"))
 
 
 @pytest.fixture(scope="session")

@@ -1,6 +1,5 @@
 """Models on the hub, against a small server here: what is fetched, the cache, offline mode, and what every refusal says."""
 
-import importlib.util
 import json
 import os
 import subprocess
@@ -66,8 +65,6 @@ def model_with_data(folder: Path) -> dict[str, bytes]:
 @pytest.fixture(scope="module")
 def hub(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Hub]:
     """A hub with a few repositories."""
-    if importlib.util.find_spec("huggingface_hub") is None:
-        pytest.skip("needs huggingface_hub: pip install 'vitq-compiler[hub]'")
     files = model_with_data(tmp_path_factory.mktemp("model"))
     with serving() as hub:
         others = {"config.json": b"{}", "preprocessor_config.json": b"{}", "model.safetensors": b"?", "onnx/model_fp16.onnx": b"?"}
@@ -129,6 +126,7 @@ def test_without_the_library(monkeypatch: pytest.MonkeyPatch) -> None:
         fetch(parse("hf:me/vit"))
 
 
+@pytest.mark.hub
 def test_the_model_its_data_and_its_configs_are_fetched(hub: Hub, ask: Asked, cache: Path) -> None:
     commit = hub.commit("me/vit", "main")
     found = ask("hf:me/vit")
@@ -140,6 +138,7 @@ def test_the_model_its_data_and_its_configs_are_fetched(hub: Hub, ask: Asked, ca
     assert names == {"config.json", "preprocessor_config.json", "onnx/model.onnx", "onnx/model.onnx_data"}
 
 
+@pytest.mark.hub
 def test_what_is_cached_is_not_fetched_again(hub: Hub, ask: Asked) -> None:
     ask("hf:me/vit")
     hub.requests.clear()
@@ -148,12 +147,14 @@ def test_what_is_cached_is_not_fetched_again(hub: Hub, ask: Asked) -> None:
 
 
 @pytest.mark.parametrize("revision", ["v1", "a/branch", "a%2Fbranch"])
+@pytest.mark.hub
 def test_a_revision(hub: Hub, ask: Asked, revision: str) -> None:
     found = ask(f"hf:me/vit@{revision}")
     assert found["reference"] == f"hf:me/vit@{hub.commit('me/vit', 'v1')}/onnx/model.onnx"
     assert Path(found["file"]).read_bytes() == b"an older one"
 
 
+@pytest.mark.hub
 def test_a_file(hub: Hub, ask: Asked) -> None:
     found = ask("hf:me/pair/a.onnx")
     assert (found["reference"], found["why"]) == (f"hf:me/pair@{hub.commit('me/pair', 'main')}/a.onnx", "")
@@ -173,6 +174,7 @@ def test_a_file(hub: Hub, ask: Asked) -> None:
         ("hf:me/weights", "no .onnx file in this folder; export the model to ONNX first"),
     ],
 )
+@pytest.mark.hub
 def test_refusals(hub: Hub, ask: Asked, reference: str, fault: str) -> None:
     error = ask(reference)["error"]
     assert error.startswith(f"model {reference}: ")
@@ -181,6 +183,7 @@ def test_refusals(hub: Hub, ask: Asked, reference: str, fault: str) -> None:
 
 
 @pytest.mark.parametrize("offline", [True, False])
+@pytest.mark.hub
 def test_without_a_connection(hub: Hub, ask: Asked, cache: Path, offline: bool) -> None:
     online = {name: ask(name) for name in ("hf:me/vit", "hf:me/vit@v1")}
     asked = Asked(cache, hub.endpoint, HF_HUB_OFFLINE="1") if offline else Asked(cache, NOWHERE)

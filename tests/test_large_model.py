@@ -15,8 +15,9 @@ from benchmarks.large_model import write_vit
 from vitq_compiler import compiler, runtime, verdict
 from vitq_compiler import graph as graph_module
 from vitq_compiler.compiler import compile
-from vitq_compiler.graph import LARGE, Graph, is_external, value
+from vitq_compiler.graph import LARGE, Graph, value
 from vitq_compiler.model_io import convert_opset, file_bytes, read_model
+from vitq_compiler.tensors import is_external
 
 
 def test_a_small_one_compiles(tmp_path: Path) -> None:

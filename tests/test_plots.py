@@ -40,8 +40,8 @@ def test_pictures_show_the_rewrite_that_evens_the_channels_most(tmp_path: Path) 
     assert "pictures" not in json.loads(found.to_json())
 
 
+@pytest.mark.plots
 def test_a_file_is_drawn(tmp_path: Path) -> None:
-    pytest.importorskip("matplotlib")
     ranges = Ranges(np.arange(-6, 0.0), np.arange(1, 7.0))
     draw([Picture("k of attention 0", "center-keys", ranges, ranges)] * 2, tmp_path / "p.png")
     assert (tmp_path / "p.png").read_bytes().startswith(PNG)
@@ -49,8 +49,8 @@ def test_a_file_is_drawn(tmp_path: Path) -> None:
         check_plots(Path("p.docx"))
 
 
+@pytest.mark.plots
 def test_the_command_draws(tmp_path: Path) -> None:
-    pytest.importorskip("matplotlib")
     onnx.save(vit(Sizes(width=16, hidden=24)), tmp_path / "vit.onnx")
     words = [str(tmp_path / "vit.onnx"), "--diagnose", "--samples", "4", "--threads", "1", "-q"]
     result = CliRunner().invoke(main, [*words, "--plot", str(tmp_path / "p.png")], catch_exceptions=False)

@@ -5,11 +5,12 @@ from pathlib import Path
 import numpy as np
 import onnx
 import pytest
-from onnx import TensorProto, numpy_helper
+from onnx import TensorProto
 
 from tests.builders import DIALECTS, Dialect, Sizes, difference, feed_of, model_of, run_model, vit
 from vitq_compiler.compiler import compile
 from vitq_compiler.precision import HalfPrecision, find_half, narrow, widen
+from vitq_compiler.tensors import from_array, numpy_type, to_array
 
 TEXT = """g (float16[B, 4] x, int64[B, 4] i) => (float16[B, 4] y, float[B, 4] z, int64[B, 4] j) {
     a = MatMul(x, w) z = Cast <to = 1> (a) s = Add(z, z) b = Cast <to = 10> (s) k = Constant <value = float16[1] {16384}> ()
@@ -19,13 +20,13 @@ TEXT = """g (float16[B, 4] x, int64[B, 4] i) => (float16[B, 4] y, float[B, 4] z,
 
 def halved(model: onnx.ModelProto, kind: int) -> onnx.ModelProto:
     """The model with weights, constants, inputs, outputs and casts of a half type."""
-    dtype = onnx.helper.tensor_dtype_to_np_dtype(kind)
+    dtype = numpy_type(kind)
     copy = onnx.ModelProto()
     copy.CopyFrom(model)
     tensors = [*copy.graph.initializer, *(a.t for n in copy.graph.node for a in n.attribute if a.HasField("t"))]
     for tensor in tensors:
         if tensor.data_type == TensorProto.FLOAT:
-            tensor.CopyFrom(numpy_helper.from_array(numpy_helper.to_array(tensor).astype(dtype), tensor.name))
+            tensor.CopyFrom(from_array(to_array(tensor).astype(dtype), tensor.name))
     for info in (*copy.graph.input, *copy.graph.output):
         info.type.tensor_type.elem_type = kind
     for node in copy.graph.node:
@@ -101,7 +102,7 @@ def with_stored_weights(model: onnx.ModelProto) -> onnx.ModelProto:
     for tensor in copy.graph.initializer:
         if tensor.data_type == TensorProto.FLOAT and len(tensor.dims) > 1:
             casts.append(onnx.helper.make_node("Cast", [f"{tensor.name}_half"], [tensor.name], to=TensorProto.FLOAT))
-            tensor.CopyFrom(numpy_helper.from_array(numpy_helper.to_array(tensor).astype(np.float16), f"{tensor.name}_half"))
+            tensor.CopyFrom(from_array(to_array(tensor).astype(np.float16), f"{tensor.name}_half"))
     nodes = [*casts, *copy.graph.node]
     del copy.graph.node[:]
     copy.graph.node.extend(nodes)

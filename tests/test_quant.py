@@ -8,11 +8,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import array_shapes, arrays
-from onnx import helper, numpy_helper
+from onnx import helper
 from onnx.reference import ReferenceEvaluator
 
 from tests.builders import graph_of, run_model
 from vitq_compiler.quant import E4M3, QuantParams, QuantSpec, anchor, dequantize, fake_quantize, from_range, quantize
+from vitq_compiler.tensors import from_array, onnx_type
 
 SPECS = [
     QuantSpec(),
@@ -28,7 +29,7 @@ ranges = st.tuples(floats, floats).map(lambda pair: (min(pair), max(pair)))
 def onnx_codes(x: np.ndarray, params: QuantParams) -> onnx.ModelProto:
     """QuantizeLinear and DequantizeLinear with ``params``: x -> codes, values."""
     axis: dict[str, Any] = {} if params.axis is None else {"axis": params.axis}
-    kind = helper.np_dtype_to_tensor_dtype(params.dtype)
+    kind = onnx_type(params.dtype)
     nodes = [
         helper.make_node("QuantizeLinear", ["x", "scale", "zero_point"], ["codes"], **axis),
         helper.make_node("DequantizeLinear", ["codes", "scale", "zero_point"], ["values"], **axis),
@@ -36,8 +37,8 @@ def onnx_codes(x: np.ndarray, params: QuantParams) -> onnx.ModelProto:
     info = helper.make_tensor_value_info
     outputs = [info("codes", kind, list(x.shape)), info("values", onnx.TensorProto.FLOAT, list(x.shape))]
     weights = [
-        numpy_helper.from_array(params.scale, "scale"),
-        numpy_helper.from_array(params.zero_point.astype(params.dtype), "zero_point"),
+        from_array(params.scale, "scale"),
+        from_array(params.zero_point.astype(params.dtype), "zero_point"),
     ]
     graph = helper.make_graph(nodes, "g", [info("x", onnx.TensorProto.FLOAT, list(x.shape))], outputs, weights)
     return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 21)], ir_version=10)

@@ -10,7 +10,8 @@ import pytest
 from tests.builders import graph_of, model_of, run_model
 from vitq_compiler import runtime
 from vitq_compiler.errors import TargetError
-from vitq_compiler.graph import InputSpec, Layout
+from vitq_compiler.graph import Graph, InputSpec, Layout
+from vitq_compiler.quant import E4M3
 
 DOUBLE_RELU = "g (float[B, 4] x) => (float[B, 4] y) { a = Relu(x) b = Identity(a) y = Relu(b) }"
 
@@ -113,6 +114,24 @@ def test_optimized_shows_what_the_optimizer_left() -> None:
     assert "Identity" not in [node.op_type for node in left.graph.node]
     x = np.array([[-1, 2, -3, 4]], np.float32)
     np.testing.assert_array_equal(run_model(left, {"x": x})[0], run_model(model, {"x": x})[0])
+
+
+@pytest.mark.parametrize(("zero", "left_out"), [(np.int8(0), []), (E4M3.type(0), ["QDQSelectorActionTransformer"])], ids=["int8", "float8"])
+@pytest.mark.parametrize("as_graph", [False, True])
+def test_8_bit_floats_are_kept_from_integer_kernels(
+    zero: np.generic, left_out: list[str], as_graph: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    text = "g (float[B, 4] x) => (float[B, 4] y) { q = QuantizeLinear (x, scale, zero) y = DequantizeLinear (q, scale, zero) }"
+    model = model_of(text, scale=np.float32(0.5), zero=np.asarray(zero))
+    real, given = runtime.ort.InferenceSession, []
+    monkeypatch.setattr(runtime.ort, "InferenceSession", lambda *args, **words: given.append(words) or real(*args, **words))
+    x = np.float32([[-1, 0, 2, 3.5]])
+    np.testing.assert_array_equal(runtime.run(runtime.session(Graph.from_proto(model) if as_graph else model), {"x": x})[0], x)
+    assert [words["disabled_optimizers"] for words in given] == [left_out]
+
+
+def test_half_precision_is_rounded_to_codes() -> None:
+    assert runtime.rounds_half() is True, "since onnxruntime 1.30"
 
 
 @pytest.mark.parametrize(

@@ -27,6 +27,9 @@ def __getattr__(name: str) -> Any:
     """Import a public name when it is first used, so that ``--help`` loads nothing heavy."""
     import importlib
 
+    from vitq_compiler.dependencies import check_dependencies
+
     if name not in _HOMES:
         raise AttributeError(f"module 'vitq_compiler' has no attribute {name!r}")
+    check_dependencies()
     return getattr(importlib.import_module(f"vitq_compiler.{_HOMES[name]}"), name)

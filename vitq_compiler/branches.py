@@ -9,9 +9,9 @@ from __future__ import annotations
 from itertools import count
 
 import onnx
-from onnx import numpy_helper
 
 from vitq_compiler.errors import ModelError
+from vitq_compiler.tensors import to_array
 
 ADVICE = {
     "If": "its condition is computed; export with fixed options and sizes, or with torch's dynamo exporter",
@@ -44,10 +44,10 @@ def inline_branches(graph: onnx.GraphProto) -> int:
 
 def _constants(graph: onnx.GraphProto) -> dict[str, bool]:
     """Truth of the single-element constants."""
-    known = {t.name: bool(numpy_helper.to_array(t).reshape(-1)[0]) for t in graph.initializer if _is_single(t)}
+    known = {t.name: bool(to_array(t).reshape(-1)[0]) for t in graph.initializer if _is_single(t)}
     for node in graph.node:
         if node.op_type == "Constant" and node.attribute and node.attribute[0].HasField("t") and _is_single(node.attribute[0].t):
-            known[node.output[0]] = bool(numpy_helper.to_array(node.attribute[0].t).reshape(-1)[0])
+            known[node.output[0]] = bool(to_array(node.attribute[0].t).reshape(-1)[0])
         elif node.op_type in ("Identity", "Not", "Cast") and node.input and node.input[0] in known:
             known[node.output[0]] = known[node.input[0]] ^ (node.op_type == "Not")
     return known

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from vitq_compiler.arguments import EPILOG, HELP, MODEL, OPTIONS
+from vitq_compiler.dependencies import check_dependencies
 from vitq_compiler.errors import InternalError, OutputError, VitqError
 from vitq_compiler.explain import explain
 from vitq_compiler.text import printable
@@ -141,6 +142,7 @@ def _print_version(ctx: click.Context, param: click.Parameter, given: bool) -> N
 
 def _main(**given: Any) -> int:
     """Do what the words say; returns the exit code."""
+    check_dependencies()
     if given["quiet"] and given["verbose"]:
         raise click.UsageError("-q and -v contradict each other")
     if (listing := _listing(given)) is not None:

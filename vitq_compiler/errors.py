@@ -9,6 +9,10 @@ class InternalError(Exception):
     """Base of all errors that are faults of the compiler; the command line asks for a report of it and exits with 1."""
 
 
+class InstallError(VitqError):
+    """A package that the compiler is built on is older than it needs."""
+
+
 class ModelError(VitqError):
     """The input model is unfit: unreadable, already quantized, no transformer block."""
 

@@ -10,14 +10,15 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
-import ml_dtypes
 import numpy as np
 import onnx
 import onnx_graphsurgeon as gs
 from numpy.typing import NDArray
-from onnx import helper, numpy_helper
+from onnx import helper
 from onnx_graphsurgeon.ir.tensor import LazyValues
 from onnx_graphsurgeon.logger import G_LOGGER
+
+from vitq_compiler.tensors import PACKED, from_array, numpy_type, onnx_type, to_array
 
 G_LOGGER.severity = G_LOGGER.ERROR  # it warns of types that numpy knows by ml_dtypes
 
@@ -27,7 +28,6 @@ Array = NDArray[Any]
 
 SCOPES = "pkg.torch.onnx.name_scopes"
 LARGE_MODEL = 2**30  # bytes of weights from which memory counts for more than time
-PACKED = frozenset(map(np.dtype, (ml_dtypes.int4, ml_dtypes.uint4)))  # two numbers to a byte
 PRODUCER = "vitq"  # what a compiled file says it was made by
 LARGE = 1024  # elements from which a constant counts as a weight rather than as a shape or an axis
 
@@ -83,10 +83,10 @@ class Graph:
         """Wrap a ModelProto. Module scopes, which graphsurgeon drops, are kept by node name; other node metadata is not."""
         metadata = {n.name: p.value for n in model.graph.node for p in n.metadata_props if n.name and p.key == SCOPES}
         surgeon = gs.import_onnx(model)
-        on_disk = {t.name: t for t in model.graph.initializer if is_external(t)}
+        stored = {t.name: t for t in model.graph.initializer}
         for tensor in surgeon.tensors().values():
             if isinstance(tensor, gs.Constant):  # loaded or mapped now, so that the ModelProto can be freed
-                tensor.values = to_array(on_disk[tensor.name]) if tensor.name in on_disk else np.asarray(tensor.values)
+                tensor.values = to_array(stored[tensor.name]) if tensor.name in stored else np.asarray(tensor.values)
                 tensor.data_location = None  # where the output keeps it is decided when it is written
         # A part of a ModelProto keeps all of it in memory, weights included.
         surgeon.import_domains = onnx.ModelProto(opset_import=model.opset_import).opset_import
@@ -100,7 +100,7 @@ class Graph:
         packed = {t.name: (t, value(t)) for t in self.constants() if _is_packed(t)}
         try:  # graphsurgeon writes one number to a byte
             for name, (tensor, array) in packed.items():
-                tensor.values = LazyValues(numpy_helper.from_array(array, name))
+                tensor.values = LazyValues(from_array(array, name))
             model: onnx.ModelProto = gs.export_onnx(self._gs, do_type_check=False)
         finally:
             for tensor, array in packed.values():
@@ -316,7 +316,7 @@ class Graph:
         for info in [*inferred.graph.value_info, *inferred.graph.output]:
             tensor = tensors.get(info.name)
             if isinstance(tensor, gs.Variable) and info.type.HasField("tensor_type"):
-                tensor.dtype = helper.tensor_dtype_to_np_dtype(info.type.tensor_type.elem_type)
+                tensor.dtype = numpy_type(info.type.tensor_type.elem_type)
                 if info.type.tensor_type.HasField("shape"):
                     tensor.shape = [
                         d.dim_value if d.HasField("dim_value") else d.dim_param or None for d in info.type.tensor_type.shape.dim
@@ -338,9 +338,7 @@ def _is_packed(constant: Tensor) -> bool:
 
 def _external(name: str, array: Array) -> onnx.TensorProto:
     """An initializer whose data lies elsewhere."""
-    tensor = onnx.TensorProto(
-        name=name, dims=array.shape, data_type=helper.np_dtype_to_tensor_dtype(array.dtype), data_location=onnx.TensorProto.EXTERNAL
-    )
+    tensor = onnx.TensorProto(name=name, dims=array.shape, data_type=onnx_type(array.dtype), data_location=onnx.TensorProto.EXTERNAL)
     for key, text in (("location", "memory"), ("offset", "0"), ("length", str(array.nbytes))):
         tensor.external_data.add(key=key, value=text)
     return tensor
@@ -377,20 +375,6 @@ def producer(tensor: Tensor) -> Node | None:
 def readers(tensor: Tensor) -> list[Node]:
     """The nodes that read ``tensor``, each once."""
     return unique(tensor.outputs)
-
-
-def to_array(tensor: onnx.TensorProto) -> Array:
-    """The numbers of a TensorProto; those in a file are mapped, so that memory holds only what is read."""
-    if not is_external(tensor):
-        return numpy_helper.to_array(tensor)
-    where = {entry.key: entry.value for entry in tensor.external_data}
-    dtype = helper.tensor_dtype_to_np_dtype(tensor.data_type).newbyteorder("<")
-    return np.asarray(np.memmap(where["location"], dtype, "r", int(where.get("offset", 0)), tuple(tensor.dims)))
-
-
-def is_external(tensor: onnx.TensorProto) -> bool:
-    """Whether the numbers of a TensorProto lie in a file of their own."""
-    return bool(tensor.data_location == onnx.TensorProto.EXTERNAL)
 
 
 def proto_bytes(model: onnx.ModelProto) -> int:

@@ -14,9 +14,10 @@ from onnx import TensorProto, helper, inliner, serialization, version_converter
 from vitq_compiler.branches import inline_branches
 from vitq_compiler.contrib import DOMAIN, UNFUSE
 from vitq_compiler.errors import ModelError, OutputError
-from vitq_compiler.graph import LARGE, is_external, proto_bytes, to_array
+from vitq_compiler.graph import LARGE, proto_bytes
 from vitq_compiler.precision import HALF
 from vitq_compiler.runtime import PROTOBUF_LIMIT, first_line
+from vitq_compiler.tensors import is_external, numpy_type, stored_bytes, to_array
 
 OLDEST_OPSET = 11
 QUANTIZED_OPS = frozenset(
@@ -65,7 +66,10 @@ def parse_model(path: Path) -> onnx.ModelProto:
         left = [(tensor, file) for tensor in model.graph.initializer if (file := _mappable(tensor, folder)) is not None]
         for tensor, _ in left:
             tensor.ClearField("data_location")  # so that onnx does not load it
+        outside = [tensor for tensor in model.graph.initializer if is_external(tensor)]
         onnx.load_external_data_for_model(model, str(folder))
+        if short := next((tensor for tensor in outside if len(tensor.raw_data) < stored_bytes(tensor)), None):
+            raise ValueError(f"it ends before tensor {short.name} does")
     except Exception as error:
         raise ModelError(f"model {path}: cannot read its external data ({first_line(error)}); export it again") from error
     for tensor in model.graph.initializer:
@@ -97,8 +101,7 @@ def _mappable(tensor: TensorProto, folder: Path) -> Path | None:
     if not is_external(tensor) or tensor.data_type not in MAPPED or np.prod(tensor.dims) < LARGE:
         return None
     where = {entry.key: entry.value for entry in tensor.external_data}
-    item = helper.tensor_dtype_to_np_dtype(tensor.data_type).itemsize
-    size, offset = int(np.prod(tensor.dims)) * item, int(where.get("offset", 0))
+    item, size, offset = numpy_type(tensor.data_type).itemsize, stored_bytes(tensor), int(where.get("offset", 0))
     file = folder.resolve() / where.get("location", "")
     fits = file.resolve() == file and file.is_relative_to(folder.resolve()) and file.is_file() and 0 <= offset <= file.stat().st_size - size
     return file if fits and offset % item == 0 and int(where.get("length", size)) == size else None
@@ -156,7 +159,8 @@ def check_model(model: onnx.ModelProto, path: Path) -> None:
     version = opset_of(model)
     newest = onnx.defs.onnx_opset_version()
     if not OLDEST_OPSET <= version <= newest:
-        raise ModelError(f"model {path}: opset {version} is not supported, export with opset {OLDEST_OPSET} to {newest}")
+        hint = f", or install a newer onnx than {onnx.__version__}" if version > newest else ""
+        raise ModelError(f"model {path}: opset {version} is not supported, export with opset {OLDEST_OPSET} to {newest}{hint}")
     for node in graph.node:
         if node.op_type in QUANTIZED_OPS:
             raise ModelError(f"model {path}: already quantized ({node.op_type} node {node.name or '?'}); give the float32 model")

@@ -12,9 +12,9 @@ from dataclasses import dataclass
 
 import numpy as np
 import onnx
-from onnx import TensorProto, helper, numpy_helper
+from onnx import TensorProto, helper
 
-from vitq_compiler.graph import to_array
+from vitq_compiler.tensors import from_array, to_array
 
 HALF = {TensorProto.FLOAT16: "float16", TensorProto.BFLOAT16: "bfloat16"}
 MOVING = frozenset({"Identity", "Reshape", "Transpose", "Squeeze", "Unsqueeze", "Slice", "Split", "Gather", "Concat", "Flatten", "Expand"})
@@ -77,7 +77,7 @@ def widen(model: onnx.ModelProto) -> dict[str, int]:
 
 def _widen_tensor(tensor: TensorProto) -> None:
     if tensor.data_type in HALF:
-        tensor.CopyFrom(numpy_helper.from_array(to_array(tensor).astype(np.float32), tensor.name))
+        tensor.CopyFrom(from_array(to_array(tensor).astype(np.float32), tensor.name))
 
 
 def narrow(model: onnx.ModelProto, boundary: dict[str, int]) -> onnx.ModelProto:

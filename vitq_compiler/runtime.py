@@ -7,6 +7,7 @@ import gc
 import sys
 import tempfile
 from collections.abc import Iterable, Iterator, Sequence
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -17,9 +18,13 @@ from vitq_compiler.cpu import saturates_here
 from vitq_compiler.errors import TargetError
 from vitq_compiler.graph import LARGE_MODEL, Array, Graph, InputSpec, proto_bytes
 from vitq_compiler.quant import E4M3
+from vitq_compiler.tensors import from_array
 
 Feed = dict[str, Array]
 PROTOBUF_LIMIT = 2**31 - 2**20  # bytes; a larger model must go through files with external data
+
+FLOAT8 = frozenset({onnx.TensorProto.FLOAT8E4M3FN, onnx.TensorProto.FLOAT8E5M2})
+QDQ_FUSION = "QDQSelectorActionTransformer"  # before 1.32 it makes integer kernels of 8-bit floats, which then do not load
 
 CPU = ("CPUExecutionProvider",)
 PROVIDERS = {"cpu": CPU, "tensorrt": ("TensorrtExecutionProvider",), "nvtensorrtrtx": ("NvTensorRTRTXExecutionProvider",)}
@@ -75,17 +80,24 @@ def session(
                 return _Fed(light, weights, options)
             if weights:
                 options.add_external_initializers(list(weights), [_shared(w) for w in weights.values()])
-            return ort.InferenceSession(light.SerializeToString(), options, providers=list(providers))
+            return _loaded(light, options, providers)
         if isinstance(model, Path):
             return ort.InferenceSession(str(model), options, providers=list(providers))
-        if proto_bytes(model) < PROTOBUF_LIMIT:
-            return ort.InferenceSession(model.SerializeToString(), options, providers=list(providers))
-        with tempfile.TemporaryDirectory() as folder:
-            path = Path(folder) / "model.onnx"
-            onnx.save(model, path, save_as_external_data=True)
-            return ort.InferenceSession(str(path), options, providers=list(providers))
+        return _loaded(model, options, providers)
     except Exception as error:  # onnxruntime raises several private exception types
         raise TargetError(f"onnxruntime {ort.__version__} cannot load the graph: {first_line(error)}") from error
+
+
+def _loaded(model: onnx.ModelProto, options: ort.SessionOptions, providers: Sequence[str]) -> ort.InferenceSession:
+    """The session of a ModelProto, through a file where it is too large for a message."""
+    unfit = [QDQ_FUSION] if any(t.data_type in FLOAT8 for t in model.graph.initializer) else []
+    given = {"sess_options": options, "providers": list(providers), "disabled_optimizers": unfit}
+    if proto_bytes(model) < PROTOBUF_LIMIT:
+        return ort.InferenceSession(model.SerializeToString(), **given)
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "model.onnx"
+        onnx.save(model, path, save_as_external_data=True)
+        return ort.InferenceSession(str(path), **given)
 
 
 def providers_of(name: str) -> tuple[str, ...]:
@@ -128,6 +140,8 @@ def release_memory() -> None:
 def _shared(weight: Array) -> ort.OrtValue:
     """A weight that the runtime reads where it lies; numpy has no 8-bit floats of its own."""
     if weight.dtype == E4M3:
+        if not hasattr(ort.OrtValue, "ortvalue_from_numpy_with_onnx_type"):
+            raise TargetError("weights in 8-bit floats need onnxruntime 1.20 or newer")
         return ort.OrtValue.ortvalue_from_numpy_with_onnx_type(weight.view(np.uint8), onnx.TensorProto.FLOAT8E4M3FN)
     return ort.OrtValue.ortvalue_from_numpy(weight)
 
@@ -222,6 +236,17 @@ def optimized(model: onnx.ModelProto) -> onnx.ModelProto:
         path = Path(folder) / "optimized.onnx"
         session(model, optimized_path=path)
         return onnx.load(path)
+
+
+@cache
+def rounds_half() -> bool:
+    """Whether QuantizeLinear rounds float16 to the nearest code; before 1.30 the runtime drops the fraction."""
+    value, half = onnx.helper.make_tensor_value_info, onnx.TensorProto.FLOAT16
+    node = onnx.helper.make_node("QuantizeLinear", ["x", "scale"], ["y"])
+    scale = from_array(np.array(1, np.float16), "scale")
+    graph = onnx.helper.make_graph([node], "probe", [value("x", half, [1])], [value("y", onnx.TensorProto.UINT8, [1])], [scale])
+    model = onnx.helper.make_model(graph, opset_imports=[onnx.helper.make_opsetid("", 19)], ir_version=9)
+    return int(run(session(model), {"x": np.array([0.75], np.float16)})[0][0]) == 1
 
 
 def first_line(error: BaseException) -> str:

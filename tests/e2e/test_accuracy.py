@@ -58,11 +58,17 @@ def test_the_shipped_model(compiled: tuple[Path, CompileReport]) -> None:
     assert report.data.preprocess.startswith("preprocessor_config.json beside the model")
 
 
+def labelled() -> tuple[np.ndarray, np.ndarray]:
+    """The images and labels of the test set."""
+    with np.load(LABELLED) as data:
+        return data["images"], data["labels"]
+
+
 def test_top1(compiled: tuple[Path, CompileReport]) -> None:
-    data = np.load(LABELLED)
-    floating, integer = (logits(path, data["images"]).argmax(1) for path in (SHIPPED, compiled[0]))
-    before, after = (int(np.sum(found == data["labels"])) for found in (floating, integer))
-    assert before >= MIN_TOP1 * len(data["labels"])
+    images, labels = labelled()
+    floating, integer = (logits(path, images).argmax(1) for path in (SHIPPED, compiled[0]))
+    before, after = (int(np.sum(found == labels)) for found in (floating, integer))
+    assert before >= MIN_TOP1 * len(labels)
     assert after >= before - MAX_LOST
     assert np.mean(floating == integer) >= MIN_AGREEMENT
 
@@ -70,7 +76,7 @@ def test_top1(compiled: tuple[Path, CompileReport]) -> None:
 @pytest.mark.slow
 def test_rounding_with_feedback_belongs_into_the_sweep(tmp_path: Path) -> None:
     """Done after compensate-weights and not within, it changes the inputs to which the layers behind were fitted."""
-    images = np.load(LABELLED)["images"]
+    images, _ = labelled()
     np.savez(tmp_path / "calibration.npz", pixel_values=pixels_of(images[:64]))
     before = "canonicalize,recover-layernorm,recover-gelu,separate-linears,annotate,calibrate,reparameterize-layernorm"
     before += ",compute-qparams,search-ranges{centered}"

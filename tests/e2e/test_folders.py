@@ -1,6 +1,5 @@
 """The command on model folders: what goes in, the layout that comes out, and a model from the hub."""
 
-import importlib.util
 import json
 import os
 import subprocess
@@ -102,10 +101,9 @@ def test_a_folder_without_a_float_model(folder: Path) -> None:
     assert run("out", "--check").exit_code == 0
 
 
+@pytest.mark.hub
 def test_a_model_from_the_hub(folder: Path) -> None:
     """In a process of its own, as the library reads its settings when it is imported."""
-    if importlib.util.find_spec("huggingface_hub") is None:
-        pytest.skip("needs huggingface_hub: pip install 'vitq-compiler[hub]'")
     repository = {path.relative_to(folder / "repo").as_posix(): path.read_bytes() for path in (folder / "repo").rglob("*.*")}
     command = [sys.executable, "-m", "vitq_compiler", "hf:me/vit@v1", *FAST, "-q", "--report", "-"]
     with serving() as hub:

@@ -46,7 +46,7 @@ LAYERS = (
     ("branches", "builtin_images", "contrib", "model_io", "pattern", "pipeline", "precision", "registry"),
     ("runtime",),
     ("arrays", "augmentation", "cpu", "graph", "judge", "metrics", "orthogonal", "outliers", "preprocess", "progress", "quant"),
-    ("model_folder", "processor_config"),
+    ("dependencies", "model_folder", "processor_config", "tensors"),
     ("errors", "pairs", "recipes", "text"),
 )
 HEIGHT = {module: len(LAYERS) - row for row, layer in enumerate(LAYERS) for module in layer}

@@ -8,6 +8,7 @@ import pytest
 from tests.builders import changes_of, compilation, feed_of, graph_of, model_of, ops, run_model
 from vitq_compiler.errors import RecipeError, TargetError
 from vitq_compiler.graph import Graph, value
+from vitq_compiler.passes import narrow_floats
 from vitq_compiler.passes.narrow_floats import NarrowFloats, round_up
 from vitq_compiler.pipeline import Compilation, Pipeline
 
@@ -114,6 +115,19 @@ def test_branches_are_refused() -> None:
     )
     with pytest.raises(TargetError, match=r"If node .* branches.*--float-type fp32"):
         changes_of(compilation(model), "narrow-floats")
+
+
+CODES = "q = QuantizeLinear(x, s) d = DequantizeLinear(q, s) y = Relu(d)"
+
+
+@pytest.mark.parametrize(("text", "rounds", "warned"), [(CODES, False, 1), (CODES, True, 0), ("y = Relu(x)", False, 0)])
+def test_a_runtime_that_does_not_round_half_judges_float32(text: str, rounds: bool, warned: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(narrow_floats, "rounds_half", lambda: rounds)
+    c, before = narrowed(text, s=np.float32(0.5))
+    assert (c.runnable is not None, len(c.warnings)) == (bool(warned), warned)
+    if c.runnable is not None:
+        assert ops(c.runnable) == ops(before)
+        assert "drops fractions of float16" in c.warnings[0]
 
 
 @pytest.mark.parametrize(("option", "message"), [("to=int8", "to must be fp16 or bf16"), ("headroom=0.5", "headroom must be at least 1")])

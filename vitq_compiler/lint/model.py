@@ -15,10 +15,11 @@ from typing import Any, TypeAlias
 import numpy as np
 import onnx
 from numpy.typing import NDArray
-from onnx import AttributeProto, TensorProto, external_data_helper, helper, inliner, numpy_helper
+from onnx import AttributeProto, TensorProto, external_data_helper, helper, inliner
 
 from vitq_compiler.errors import ModelError
 from vitq_compiler.runtime import first_line
+from vitq_compiler.tensors import from_array, is_external, to_array
 
 Array = NDArray[Any]
 Shape: TypeAlias = tuple[int | None, ...]
@@ -162,17 +163,18 @@ class Model:
         return self._arrays[value]
 
     def _load(self, tensor: TensorProto) -> Array:
-        if tensor.data_location == TensorProto.EXTERNAL and tensor.external_data[0].key == _KEY:
+        if is_external(tensor) and tensor.external_data[0].key == _KEY:
             tensor = self._originals[int(tensor.external_data[0].value)]
         if tensor.name in self._weights:
             return self._weights[tensor.name]
         try:
-            if tensor.data_location == TensorProto.EXTERNAL:
+            if is_external(tensor):
                 copy = TensorProto()
                 copy.CopyFrom(tensor)
                 external_data_helper.load_external_data_for_tensor(copy, str(self._folder or "."))
+                copy.ClearField("data_location")
                 tensor = copy
-            return numpy_helper.to_array(tensor)
+            return to_array(tensor)
         except Exception as error:
             raise ModelError(f"tensor {tensor.name}: cannot be read ({first_line(error)}); export the model again") from error
 
@@ -194,7 +196,7 @@ class Model:
         return light
 
     def _light_tensor(self, tensor: TensorProto) -> TensorProto:
-        if tensor.data_location != TensorProto.EXTERNAL and prod(tensor.dims) <= SMALL:
+        if not is_external(tensor) and prod(tensor.dims) <= SMALL:
             return tensor
         light = TensorProto(name=tensor.name, dims=tensor.dims, data_type=tensor.data_type, data_location=TensorProto.EXTERNAL)
         light.external_data.add(key=_KEY, value=str(len(self._originals)))
@@ -293,9 +295,9 @@ def _hold(value: Value, attributes: Mapping[str, Any]) -> None:
         if name == "value":
             value.tensor = given
         elif name in ("value_float", "value_floats"):
-            value.tensor = numpy_helper.from_array(np.asarray(given, np.float32))
+            value.tensor = from_array(np.asarray(given, np.float32))
         elif name in ("value_int", "value_ints"):
-            value.tensor = numpy_helper.from_array(np.asarray(given, np.int64))
+            value.tensor = from_array(np.asarray(given, np.int64))
     if value.tensor is not None:
         value.dtype, value.shape = value.tensor.data_type, tuple(value.tensor.dims)
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from onnx import TensorProto
 
 from vitq_compiler.lint.model import Model, Node, Value
+from vitq_compiler.tensors import FLOAT4E2M1, kind_name
 
 GEMMS = frozenset({"MatMul", "Gemm", "Conv", "ConvTranspose"})
 LAYOUT = frozenset({"Reshape", "Transpose", "Squeeze", "Unsqueeze", "Flatten", "Identity"})
@@ -15,13 +16,13 @@ SCALING = frozenset({"Mul", "Div"})
 FLOATS = frozenset({TensorProto.FLOAT, TensorProto.FLOAT16, TensorProto.BFLOAT16, TensorProto.DOUBLE})
 FP8 = TensorProto.FLOAT8E4M3FN
 INT4 = TensorProto.INT4
-FP4 = TensorProto.FLOAT4E2M1
+FP4 = FLOAT4E2M1
 NEARBY = 12  # nodes between a softmax and the matrix product before it
 
 
 def type_name(dtype: int) -> str:
     """INT8, FLOAT16, and so on."""
-    return TensorProto.DataType.Name(dtype) if dtype else "an unknown type"
+    return kind_name(dtype) if dtype else "an unknown type"
 
 
 def is_quantize(node: Node | None) -> bool:

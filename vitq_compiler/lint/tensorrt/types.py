@@ -25,10 +25,10 @@ from vitq_compiler.lint.quantization import (
     type_name,
 )
 from vitq_compiler.lint.rule import ERROR, SILENT, Fault, Platform, Rule
+from vitq_compiler.tensors import FLOAT8E8M0 as E8M0
 
-E8M0 = TensorProto.FLOAT8E8M0
-LEGAL = {"8.6": {TensorProto.INT8}, "10": {TensorProto.INT8, FP8, INT4, FP4}, "11": {TensorProto.INT8, FP8, INT4, FP4}}
-ELSEWHERE = {0, TensorProto.UINT8, TensorProto.INT32, E8M0}  # the business of T04, T05, T17 and T12
+LEGAL: dict[str, set[int]] = {"8.6": {TensorProto.INT8}, "10": {TensorProto.INT8, FP8, INT4, FP4}, "11": {TensorProto.INT8, FP8, INT4, FP4}}
+ELSEWHERE: set[int] = {0, TensorProto.UINT8, TensorProto.INT32, E8M0}  # the business of T04, T05, T17 and T12
 FIRST_OPSET: dict[int, int] = {FP8: 19, INT4: 21, FP4: 23}
 
 
