@@ -10,6 +10,7 @@ from vitq_compiler.data import Data, open_data
 from vitq_compiler.errors import ModelError
 from vitq_compiler.graph import Graph
 from vitq_compiler.model_io import convert_opset, read_model
+from vitq_compiler.opset import PORTABLE
 from vitq_compiler.pipeline import Compilation, Pipeline
 from vitq_compiler.precision import half_type, widen
 from vitq_compiler.preprocess import resolve
@@ -23,7 +24,7 @@ class Opened:
     """A model in float32.
 
     Attributes:
-        graph: at the target's opset.
+        graph: at opset `PORTABLE`, or the newer one of the file.
         half: the half precision that the file is in, or empty.
         boundary: the inputs and outputs that were of it, with their types; see `precision.narrow`.
     """
@@ -37,11 +38,11 @@ def open_model(model: Path, target: Target) -> Opened:
     """Read a model for a target.
 
     Raises:
-        ModelError: it cannot be read, or not brought to the target's opset.
+        ModelError: it cannot be read, or not brought to opset `PORTABLE`.
     """
     source = read_model(model)
     half, boundary = half_type(source), widen(source)
-    graph = Graph.from_proto(convert_opset(source, target.opset, model))
+    graph = Graph.from_proto(convert_opset(source, PORTABLE, model))
     graph.ir_version = target.ir_version
     return Opened(graph, half, boundary)
 

@@ -15,11 +15,14 @@ import onnxruntime as ort
 
 from vitq_compiler.errors import TargetError
 from vitq_compiler.graph import LARGE_MODEL, Array, Graph, InputSpec, proto_bytes
+from vitq_compiler.opset import PORTABLE, lower_opset
 from vitq_compiler.quant import E4M3
+from vitq_compiler.releases import known_release, requirement
 
 Feed = dict[str, Array]
 PROTOBUF_LIMIT = 2**31 - 2**20  # bytes; a larger model must go through files with external data
 
+INSTALLED = known_release(ort.__version__)
 CPU = ("CPUExecutionProvider",)
 PROVIDERS = {"cpu": CPU, "tensorrt": ("TensorrtExecutionProvider",), "nvtensorrtrtx": ("NvTensorRTRTXExecutionProvider",)}
 
@@ -39,7 +42,8 @@ def session(
     """An ONNX Runtime session.
 
     Args:
-        model: a graph, whose weights are then shared and not copied where they are large and in float; a ModelProto; or a file.
+        model: a graph, whose weights are then shared and not copied where they are large and in float, and of which operators that the
+            runtime does not have yet are written in older ones; a ModelProto; or a file.
         threads: intra-op threads; 0 lets the runtime choose.
         brief: for one or two runs: skip what takes longer to prepare than it saves.
         takes_turns: with other work on the same cores: threads sleep between runs instead of waiting awake.
@@ -63,7 +67,7 @@ def session(
             options.add_session_config_entry("session.optimized_model_external_initializers_file_name", f"{optimized_path.name}.data")
     try:
         if isinstance(model, Graph):
-            light, weights = model.without_weights()
+            light, weights = _runnable(model)
             integer = model.find("DequantizeLinear")  # whose weights must be initializers for integer kernels
             if not integer and sum(w.nbytes for w in weights.values()) > LARGE_MODEL:
                 return _Fed(light, weights, options)
@@ -80,6 +84,16 @@ def session(
             return ort.InferenceSession(str(path), options, providers=list(providers))
     except Exception as error:  # onnxruntime raises several private exception types
         raise TargetError(f"onnxruntime {ort.__version__} cannot load the graph: {first_line(error)}") from error
+
+
+def _runnable(graph: Graph) -> tuple[onnx.ModelProto, dict[str, Array]]:
+    """`Graph.without_weights` of the graph, or of a copy in operators that the installed runtime has."""
+    light, weights = graph.without_weights()
+    if requirement(light).met_by(INSTALLED):
+        return light, weights
+    copy = graph.snapshot()
+    lower_opset(copy, PORTABLE)
+    return copy.without_weights()
 
 
 def providers_of(name: str) -> tuple[str, ...]:
@@ -170,21 +184,6 @@ def first_samples(inputs: Sequence[InputSpec], feed: Feed, count: int) -> Feed:
     """The first samples of a batch; all of them where the model fixes its batch."""
     fixed = any(spec.shape and isinstance(spec.shape[0], int) and spec.shape[0] > 0 for spec in inputs)
     return feed if fixed else {name: array[:count] for name, array in feed.items()}
-
-
-def supports(op: str, opset: int) -> bool:
-    """Whether the installed runtime has a CPU kernel for a standard operator at that opset."""
-    if op != "Attention":
-        raise ValueError(f"no probe graph for {op}")
-    value = onnx.helper.make_tensor_value_info
-    kind, shape = onnx.TensorProto.FLOAT, [1, 2, 4]
-    node = onnx.helper.make_node(op, ["q", "k", "v"], ["y"], q_num_heads=2, kv_num_heads=2)
-    graph = onnx.helper.make_graph([node], "probe", [value(n, kind, shape) for n in "qkv"], [value("y", kind, shape)])
-    try:
-        session(onnx.helper.make_model(graph, opset_imports=[onnx.helper.make_opsetid("", opset)], ir_version=10))
-    except TargetError:
-        return False
-    return True
 
 
 def optimized(model: onnx.ModelProto) -> onnx.ModelProto:
