@@ -23,7 +23,8 @@ from vitq_compiler.precision import narrow
 from vitq_compiler.progress import Progress, silent
 from vitq_compiler.provenance import Provenance
 from vitq_compiler.recipe import load_recipe
-from vitq_compiler.report import CompileReport, DataRow, GateRow, NoteRow, PassRow, Validation
+from vitq_compiler.releases import requirement
+from vitq_compiler.report import CompileReport, DataRow, GateRow, NeedsRow, NoteRow, PassRow, Validation
 from vitq_compiler.verdict import linear_rows, validate
 from vitq_compiler.verify import Dump, Parity, Structure, Thrift
 
@@ -68,7 +69,7 @@ def compile(
         bits: of weights and activations, such as ``w4a4``, instead of the recipe's.
         definition: ``strict`` or ``deploy``, see `Recipe.definition`, instead of the recipe's.
         target: name of a target.
-        target_options: its fields, such as ``version`` and ``float_type`` of tensorrt.
+        target_options: its fields: ``version`` of onnxruntime, ``version``, ``float_type`` and ``compute_capability`` of tensorrt.
         attention: what the operands of the attention products become, of `recipe.ATTENTION`, instead of the recipe's choice.
         storage: where weights of at most 4 bits lie: ``container`` (int8) or ``native`` (INT4), instead of the recipe's choice.
         calibration: folder of images, ``.npz`` or ``.npy``; None takes built-in images.
@@ -116,7 +117,7 @@ def compile(
     graph, half, boundary = opened.graph, opened.half, opened.boundary
     large = file_bytes(model) > LARGE_MODEL
     # What everything is held against. Rounding to half precision would drown what the passes are checked for.
-    floating: Path | Graph = graph.snapshot() if half else model
+    floating: Path | Graph = model if opened.runs_here and not half else graph.snapshot()
     data = open_samples(
         graph, model, plan, calibration, samples=samples, augment=augment, batch_size=batch_size, preprocess=preprocess, seed=seed
     )
@@ -135,6 +136,7 @@ def compile(
     parity.check()
 
     integer = c.graph.to_proto()
+    needs = _needs(integer, c)
     if half:
         floating = _restore(model, integer, boundary, half, floating, c)
     verdict, kernel_of = validate(floating, file_bytes(model), integer, c, parity)
@@ -157,6 +159,7 @@ def compile(
         linears=linear_rows(c, kernel_of),
         notes=tuple(NoteRow(n.stage, n.where, n.reason) for n in c.notes),
         validation=verdict,
+        needs=needs,
         gates=gates,
         warnings=(*data.warnings, *c.warnings),
         nodes=provenance.rows(c),
@@ -169,6 +172,16 @@ def compile(
 def _probe_batch(graph: Graph, data: Data) -> runtime.Feed:
     """A few samples that calibration does not see, for the parity of float-exact passes and for inner comparisons."""
     return runtime.first_samples(graph.inputs, next(data.validation() if data.validation_count else data.calibration()), PROBE_SAMPLES)
+
+
+def _needs(integer: onnx.ModelProto, c: Compilation) -> NeedsRow:
+    """What the result asks of ONNX Runtime, told in its metadata too; a warning where that is more than the release named has."""
+    found = requirement(integer)
+    needs = NeedsRow(c.graph.opset, c.graph.ir_version, found.release, found.reason)
+    integer.metadata_props.add(key="onnxruntime", value=f">={found.release}" if found.release else "none")
+    if c.target.release and not found.met_by(c.target.release):
+        c.warnings.append(f"onnxruntime {c.target.release} does not run the result, {needs.releases} does: {found.reason}")
+    return needs
 
 
 def _restore(

@@ -15,6 +15,8 @@ from vitq_compiler.pipeline import Compilation, Pipeline
 from vitq_compiler.precision import half_type, widen
 from vitq_compiler.preprocess import resolve
 from vitq_compiler.recipe import Recipe
+from vitq_compiler.releases import requirement
+from vitq_compiler.runtime import INSTALLED
 from vitq_compiler.target import Target
 from vitq_compiler.token_ids import id_limits
 
@@ -27,11 +29,13 @@ class Opened:
         graph: at opset `PORTABLE`, or the newer one of the file.
         half: the half precision that the file is in, or empty.
         boundary: the inputs and outputs that were of it, with their types; see `precision.narrow`.
+        runs_here: whether the installed runtime has the operators of the file as they are there.
     """
 
     graph: Graph
     half: str
     boundary: dict[str, int]
+    runs_here: bool
 
 
 def open_model(model: Path, target: Target) -> Opened:
@@ -41,10 +45,11 @@ def open_model(model: Path, target: Target) -> Opened:
         ModelError: it cannot be read, or not brought to opset `PORTABLE`.
     """
     source = read_model(model)
+    runs_here = requirement(source).met_by(INSTALLED)
     half, boundary = half_type(source), widen(source)
     graph = Graph.from_proto(convert_opset(source, PORTABLE, model))
     graph.ir_version = target.ir_version
-    return Opened(graph, half, boundary)
+    return Opened(graph, half, boundary, runs_here)
 
 
 def open_samples(

@@ -121,6 +121,27 @@ class BlockRow:
 
 
 @dataclass(frozen=True)
+class NeedsRow:
+    """What the compiled graph asks of what runs it.
+
+    Attributes:
+        opset, ir_version: of the file, the lowest for its operators and types.
+        onnxruntime: the first release that runs it on the CPU, such as 1.17, as all later ones do; empty where none does.
+        reason: what in the graph needs that one.
+    """
+
+    opset: int
+    ir_version: int
+    onnxruntime: str
+    reason: str
+
+    @property
+    def releases(self) -> str:
+        """The releases of ONNX Runtime in words."""
+        return f"onnxruntime {self.onnxruntime} and later" if self.onnxruntime else "no onnxruntime so far"
+
+
+@dataclass(frozen=True)
 class TrainingRow:
     """What training one part of the network was worth.
 
@@ -198,6 +219,7 @@ class CompileReport:
     Attributes:
         bits: of weights and activations, such as ``w4a8``.
         definition: which ends of the network got them, ``strict`` or ``deploy``; empty where the recipe says it itself.
+        needs: what the output asks of what runs it.
         command: what takes the output further, where its target needs that.
         attention: the price of each choice for the attention products, where the target has several.
     """
@@ -216,6 +238,7 @@ class CompileReport:
     linears: tuple[LinearRow, ...]
     notes: tuple[NoteRow, ...]
     validation: Validation
+    needs: NeedsRow
     gates: tuple[GateRow, ...]
     warnings: tuple[str, ...]
     nodes: tuple[NodeRow, ...] = ()
