@@ -37,9 +37,8 @@ class FuseAttention(Pass):
     def run(self, c: Compilation) -> int:
         needs = requirement(c.graph.without_weights()[0], opset=max(OPSET, c.graph.opset), more=("Attention", "QuantizeLinear"))
         if not needs.met_by(INSTALLED):
-            self.note(c, "attention", f"kept decomposed: the installed onnxruntime has no {needs.reason}, which the graph would need")
+            self.note(c, "attention", f"kept decomposed: the graph would need a newer onnxruntime than the installed one: {needs.reason}")
             return 0
-        raise_opset(c.graph, OPSET)
         changes = 0
         for attention in c.annotations.attentions:
             try:
@@ -49,6 +48,8 @@ class FuseAttention(Pass):
                 self.note(c, attention.softmax.name, f"attention kept decomposed: {failure.reason}")
         for computed in c.annotations.computed_attentions:
             self.note(c, computed.softmax.name, f"attention kept decomposed: {computed.reason}")
+        if changes:
+            raise_opset(c.graph, OPSET)
         c.graph.clean().infer_shapes()
         return changes
 

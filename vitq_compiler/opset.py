@@ -116,7 +116,13 @@ def lower_opset(graph: Graph, opset: int) -> int:
 
 
 def raise_opset(graph: Graph, opset: int) -> None:
-    """Let a graph in the words of `PORTABLE`, or later ones, have operators of ``opset`` too."""
+    """Let a graph in the words of `PORTABLE`, or later ones, have operators of ``opset`` too.
+
+    Raises:
+        TargetError: it is in older words already.
+    """
+    if graph.opset < PORTABLE:
+        raise TargetError(f"the graph is at opset {graph.opset} already, and cannot get operators of {opset}: do this before legalize")
     for node in graph.find("GroupNormalization") if graph.opset < CHANNELS_FROM <= opset else ():
         decompose(graph, node)
     graph.opset = max(graph.opset, opset)
