@@ -3,8 +3,8 @@
     softmax(scale * q k^T + mask) v, q, k, v split from Linear layers by views  ->  Attention(q, k, v; heads, scale)
 
 A Linear that gives more than one of q, k, v, or gives their heads interleaved, is taken apart by weight columns into one
-Linear for each: then no Split and no Transpose is left (ONNX Attention, opset 23). Where the runtime has no such operator
-the graph stays as it is.
+Linear for each: then no Split and no Transpose is left (ONNX Attention, opset 23). Where the installed runtime has no such
+operator, or lacks another of the graph at that opset, the graph stays as it is.
 """
 
 from __future__ import annotations
@@ -15,10 +15,12 @@ import numpy as np
 
 from vitq_compiler.blocks.attention import Attention
 from vitq_compiler.graph import Graph, Tensor, is_constant, value
+from vitq_compiler.opset import raise_opset
 from vitq_compiler.passes._own_linears import own_linears
 from vitq_compiler.pattern import MatchFailure
 from vitq_compiler.pipeline import Compilation, Fact, Pass
-from vitq_compiler.runtime import supports
+from vitq_compiler.releases import requirement
+from vitq_compiler.runtime import INSTALLED
 
 OPSET = 23
 
@@ -33,11 +35,9 @@ class FuseAttention(Pass):
     exact = True
 
     def run(self, c: Compilation) -> int:
-        if not supports("Attention", OPSET):
-            self.note(c, "attention", "the installed onnxruntime has no Attention operator: kept decomposed")
-            c.warnings.append(
-                "the installed onnxruntime has no Attention operator (opset 23); attention stays decomposed and a little slower"
-            )
+        needs = requirement(c.graph.without_weights()[0], opset=max(OPSET, c.graph.opset), more=("Attention", "QuantizeLinear"))
+        if not needs.met_by(INSTALLED):
+            self.note(c, "attention", f"kept decomposed: the graph would need a newer onnxruntime than the installed one: {needs.reason}")
             return 0
         changes = 0
         for attention in c.annotations.attentions:
@@ -48,6 +48,8 @@ class FuseAttention(Pass):
                 self.note(c, attention.softmax.name, f"attention kept decomposed: {failure.reason}")
         for computed in c.annotations.computed_attentions:
             self.note(c, computed.softmax.name, f"attention kept decomposed: {computed.reason}")
+        if changes:
+            raise_opset(c.graph, OPSET)
         c.graph.clean().infer_shapes()
         return changes
 

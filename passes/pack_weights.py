@@ -17,9 +17,11 @@ import numpy as np
 import onnx
 
 from vitq_compiler.graph import value
+from vitq_compiler.opset import raise_opset
 from vitq_compiler.pipeline import Compilation, Fact, Pass
 
 INT4: np.dtype[np.generic] = np.dtype(ml_dtypes.int4)
+OPSET, IR_VERSION = 21, 10  # that brought it
 LEAST, MOST = -8, 7
 
 
@@ -28,8 +30,7 @@ class PackWeights(Pass):
     """DQ(int8 codes of at most 4 bits) -> DQ(Cast(int4 codes))"""
 
     name = "pack-weights"
-    requires = frozenset({Fact.LEGAL})
-    provides = frozenset({Fact.LEGAL})  # the structure is to be checked again
+    requires = frozenset({Fact.QUANTIZED})
 
     def run(self, c: Compilation) -> int:
         changes = 0
@@ -46,6 +47,9 @@ class PackWeights(Pass):
             c.codes[edges[codes.name]] = wide.name  # what the runtime calls the widened codes
             changes += 1
         c.graph.clean()
-        if not changes:
+        if changes:
+            raise_opset(c.graph, OPSET)
+            c.graph.ir_version = max(c.graph.ir_version, IR_VERSION)
+        else:
             c.warnings.append("native storage changes nothing: no weight has 4 bits or fewer")
         return changes

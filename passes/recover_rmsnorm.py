@@ -11,8 +11,11 @@ from dataclasses import dataclass
 
 from vitq_compiler.blocks.normalization import mean, over_root, parameter, square, width_of
 from vitq_compiler.graph import Graph, Node, scalar
+from vitq_compiler.opset import raise_opset
 from vitq_compiler.pattern import Bindings, MatchFailure, const, either, match, op, var
 from vitq_compiler.pipeline import Compilation, Fact, Pass
+
+OPSET = 23  # that brought the operator
 
 _mean_square = op.Add(mean(square(var("x")), "mean_square"), const("epsilon"))
 RMSNORM = either(over_root(var("x"), _mean_square, const("gamma")), over_root(var("x"), _mean_square))
@@ -40,6 +43,8 @@ class RecoverRmsnorm(Pass):
                 failures[id(bound["mean_square"])] = MatchFailure(failure.reason, node.name)
         for missed in [failure for key, failure in failures.items() if key not in recovered]:
             self.note(c, missed.where, f"not an RMSNormalization: {missed.reason}")
+        if recovered:
+            raise_opset(c.graph, OPSET)
         c.graph.clean()
         return len(recovered)
 

@@ -17,6 +17,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from vitq_compiler.blocks.attention import Attention
 from vitq_compiler.blocks.linear import Linear
 from vitq_compiler.graph import Graph, Node, Tensor, is_constant, producer, readers, value
 from vitq_compiler.pipeline import Compilation, Fact, Pass
@@ -36,8 +37,9 @@ class SelectTokensEarly(Pass):
 
     def run(self, c: Compilation) -> int:
         linears = {id(linear.output): linear for linear in c.annotations.linears}
+        paths = {id(path[-1]): path for attention in c.annotations.attentions if (path := _query_path(c, attention))}
         changes = 0
-        while moved := sum(_move(c.graph, node, linears) for node in reversed(c.graph.clean().nodes)):
+        while moved := sum(_move(c.graph, node, linears, paths) for node in reversed(c.graph.clean().nodes)):
             changes += moved
         if c.table is not None:  # a selection has the statistics of what it is selected from
             for node in c.graph.find("Gather"):
@@ -46,7 +48,7 @@ class SelectTokensEarly(Pass):
         return changes
 
 
-def _move(graph: Graph, node: Node, linears: dict[int, Linear]) -> int:
+def _move(graph: Graph, node: Node, linears: dict[int, Linear], paths: dict[int, list[Node]]) -> int:
     """Select the inputs of ``node`` instead of its output, if that can be; returns 1 if so."""
     result = node.outputs[0] if len(node.outputs) == 1 else None
     if result is None or len(result.shape or ()) != 3 or not isinstance(result.shape[1], int):
@@ -54,11 +56,13 @@ def _move(graph: Graph, node: Node, linears: dict[int, Linear]) -> int:
     tokens = _selected(graph, result)
     if tokens is None or len(tokens) == result.shape[1]:
         return 0
-    linear = linears.get(id(result))
-    inputs = _linear_inputs(linear) if linear is not None else _inputs(graph, node, tokens)
+    linear, path = linears.get(id(result)), paths.get(id(node), [node])
+    inputs = _linear_inputs(linear) if linear is not None else _inputs(graph, path, tokens)
     if inputs is None:
         return 0
-    target = linear.matmul if linear is not None else node
+    target = linear.matmul if linear is not None else path[0]
+    if len(path) > 1:
+        _shorten(graph, path, result.shape[1], len(tokens))
     for index, tensor in inputs.items():
         target.inputs[index] = tensor if is_constant(tensor) else _pick(graph, tensor, tokens)
     for shortened in {id(t): t for t in (target.outputs[0], result)}.values():
@@ -96,8 +100,43 @@ def _linear_inputs(linear: Linear) -> dict[int, Tensor] | None:
     return {0: linear.input} if len(linear.input.outputs) == 1 else None
 
 
-def _inputs(graph: Graph, node: Node, tokens: Tokens) -> dict[int, Tensor] | None:
-    """The inputs of ``node`` that have a token axis, constants already selected; None where it cannot be moved."""
+def _query_path(c: Compilation, attention: Attention) -> list[Node]:
+    """The nodes from the Linear of the queries to the merged heads, each read by the next one alone, as separate-heads writes them.
+
+    Empty where they are others, where the products are to be quantized, whose statistics are of all queries, or masked.
+    """
+    tensor, path = attention.q.linear.output, []
+    ops = ["Reshape", "Transpose", "MatMul", "Softmax", "MatMul", "Transpose", "Reshape"]
+    if attention.fused is not None or attention.mask is not None or any(edge in c.specs for edge in attention.edges.values()):
+        return []
+    for op in ops:
+        following = readers(tensor)
+        if len(following) != 1 or following[0].op != op or following[0].inputs[0] is not tensor or (path and c.graph.is_output(tensor)):
+            return []
+        path.append(following[0])
+        tensor = path[-1].outputs[0]
+    places = [node.attrs.get("perm") for node in (path[1], path[5])]
+    views = [path[0], path[6]]
+    mine = tensor is attention.proj.input and len(tensor.shape or ()) == len(attention.q.linear.output.shape or ()) == 3
+    return path if mine and places == [[0, 2, 1, 3]] * 2 and all(is_constant(node.inputs[1]) for node in views) else []
+
+
+def _shorten(graph: Graph, path: list[Node], before: int, after: int) -> None:
+    """Let the nodes of `_query_path`, of ``before`` queries, have ``after`` of them."""
+    for node, axis in zip(path, (1, 2, 2, 2, 2, 1, 1), strict=True):
+        result = node.outputs[0]
+        result.shape = [after if i == axis else size for i, size in enumerate(result.shape)]
+        if node.op == "Reshape" and value(node.inputs[1])[1] == before:
+            shape = value(node.inputs[1]).copy()
+            shape[1] = after
+            node.inputs[1] = graph.constant(f"{node.name}/fewer", shape)
+
+
+def _inputs(graph: Graph, path: list[Node], tokens: Tokens) -> dict[int, Tensor] | None:
+    """The inputs of a node, or of the first of several, that have a token axis, constants already selected; None where it stays."""
+    if len(path) > 1:
+        return {0: path[0].inputs[0]}
+    (node,) = path
     shape = list(node.outputs[0].shape)
     if node.op == "LayerNormalization" and node.attrs.get("axis", -1) in (-1, 2):
         return {0: node.inputs[0]}

@@ -23,6 +23,7 @@ from onnx import helper, numpy_helper, parser
 from vitq_compiler.cpu import saturates_here
 from vitq_compiler.graph import Graph, InputSpec
 from vitq_compiler.model_io import convert_opset
+from vitq_compiler.opset import PORTABLE
 from vitq_compiler.pipeline import Compilation, Pass, Pipeline
 from vitq_compiler.recipe import Recipe, load_recipe
 from vitq_compiler.registry import load
@@ -132,9 +133,8 @@ class Batches:
 def compilation(graph: Graph | onnx.ModelProto, *, recipe: Recipe | None = None, target: Target | None = None) -> Compilation:
     """What a pass receives: the w8a8 recipe, the onnxruntime target, random data, one thread."""
     if isinstance(graph, onnx.ModelProto):
-        opset, version = (target.opset, target.ir_version) if target else (OPSET, IR_VERSION)
-        graph = Graph.from_proto(convert_opset(graph, opset, None))  # type: ignore[arg-type]  # the path is for messages only
-        graph.ir_version = version
+        graph = Graph.from_proto(convert_opset(graph, PORTABLE, None))  # type: ignore[arg-type]  # the path is for messages only
+        graph.ir_version = (target or Onnxruntime()).ir_version
     data: Any = Batches(graph.inputs)
     return Compilation(graph, recipe or load_recipe("w8a8"), target or Onnxruntime(), data, threads=1)
 

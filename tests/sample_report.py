@@ -11,6 +11,7 @@ from vitq_compiler.report import (
     GateRow,
     LatencyRow,
     LinearRow,
+    NeedsRow,
     NoteRow,
     OutputRow,
     PassRow,
@@ -62,6 +63,7 @@ def sample_report(**changes: Any) -> CompileReport:
             10_960_000,
             3_000_000,
         ),
+        needs=NeedsRow(20, 9, "1.17", "Gelu is of opset 20"),
         gates=(),
         warnings=("calibrated on [few] images",),
     )

@@ -279,7 +279,7 @@ def test_the_pipeline_is_that_of_all_options() -> None:
     few, eight = (run("--print-pipeline", "--recipe", "best", "--bits", bits).stdout for bits in ("w4a4", "w8a8"))
     assert "search-ranges" in few
     assert "search-ranges" not in eight
-    assert run("--print-pipeline", "--bits", "w4a4", "--storage", "native").stdout.strip().endswith(",pack-weights")
+    assert run("--print-pipeline", "--bits", "w4a4", "--storage", "native").stdout.strip().endswith(",pack-weights,legalize")
 
 
 def test_version() -> None:

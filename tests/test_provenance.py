@@ -40,7 +40,12 @@ def test_parts_of_what_a_pass_recovered(report: CompileReport) -> None:
 def test_members_of_attention(report: CompileReport) -> None:
     for index, row in enumerate(rows(report, "Softmax")):
         assert row.block == f"attention {index}"
-        assert "keeps attention products in float" in row.state
+        assert row.state == f"Softmax {row.name} computes in float: recipe w8a8 quantizes inputs and weights of Linear layers, " + (
+            "and has nothing for Softmax"
+        )
+    products = [row for row in rows(report, "MatMul") if row.block.startswith("attention") and "multiplies activations" in row.state]
+    assert len(products) == 4
+    assert all("keeps attention products in float" in row.state for row in products)
 
 
 def test_parts_of_layers(report: CompileReport) -> None:
@@ -60,5 +65,6 @@ def test_the_words(report: CompileReport) -> None:
     lines = explain(report, "^Softmax$")
     assert lines[0] == "'^Softmax$' finds 0 Linear layers and 2 other nodes"
     assert lines[1].endswith(": Softmax of attention 0")
-    assert lines[2].startswith("  fuse-attention made it part of Attention")
+    assert lines[2].endswith("has nothing for Softmax")
+    assert any("separate-heads" in line for line in explain(report, "^Squeeze$"))
     assert explain(report, "attention 1")[0].startswith("'attention 1' finds 4 Linear layers and ")

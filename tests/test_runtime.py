@@ -7,7 +7,7 @@ import numpy as np
 import onnx
 import pytest
 
-from tests.builders import graph_of, model_of, run_model
+from tests.builders import feed_of, graph_of, model_of, run_model
 from vitq_compiler import runtime
 from vitq_compiler.errors import TargetError
 from vitq_compiler.graph import Graph, InputSpec, Layout
@@ -101,11 +101,24 @@ def test_probe_feed_fills_in_dynamic_sizes_and_is_seeded() -> None:
     assert not np.array_equal(feed["image"], runtime.probe_feed(inputs, 5, image_size=16, seed=1)["image"])
 
 
-def test_supports() -> None:
-    assert runtime.supports("Attention", 23) is True
-    assert runtime.supports("Attention", 22) is False, "Attention came with opset 23"
-    with pytest.raises(ValueError, match="no probe graph"):
-        runtime.supports("Relu", 23)
+def test_operators_that_the_runtime_lacks_are_written_in_older_ones(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No release has RoiAlign of opset 22, and all have that of 16; RMSNormalization comes with 1.23."""
+    graph = graph_of(
+        """g (float[B, 4, 4] x) => (float y) {
+            n = RMSNormalization(x, gamma) i = Unsqueeze(n, axes) y = RoiAlign <output_height = 2, output_width = 2> (i, rois, picture)
+        }""",
+        gamma=np.arange(1, 5, dtype=np.float32),
+        axes=np.array([1]),
+        rois=np.array([[0, 0, 3, 3]], np.float32),
+        picture=np.array([1]),
+    )
+    assert runtime.run(runtime.session(graph), feed_of(graph))[0].shape == (1, 1, 2, 2)
+    assert (graph.opset, len(graph.find("RMSNormalization"))) == (23, 1), "the graph itself stays"
+    norm = graph_of("g (float[B, 4] x) => (float[B, 4] y) { y = RMSNormalization(x, gamma) }", gamma=np.arange(1, 5, dtype=np.float32))
+    (expected,) = runtime.run(runtime.session(norm), feed_of(norm))
+    monkeypatch.setattr(runtime, "INSTALLED", "1.20")
+    (got,) = runtime.run(runtime.session(norm), feed_of(norm))
+    np.testing.assert_allclose(got, expected, rtol=1e-6)
 
 
 def test_optimized_shows_what_the_optimizer_left() -> None:

@@ -163,4 +163,4 @@ def test_a_pass_that_forgets_the_limit_is_named() -> None:
 
 
 def test_where_products_are_exact_every_code_goes() -> None:
-    lowered_with("insert-qdq,loud-codes,legalize,loud-codes", MEDDLERS, Onnxruntime("vnni"))
+    lowered_with("insert-qdq,loud-codes,legalize,loud-codes", MEDDLERS, Onnxruntime(cpu="vnni"))

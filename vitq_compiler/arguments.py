@@ -81,6 +81,11 @@ def bits_fault(text: str) -> str | None:
     return None if re.fullmatch(r"w[2-8]a[2-8]", text) else f"{text!r} is not w and a with 2 to 8 each, such as w4a4"
 
 
+def release_fault(text: str) -> str | None:
+    """A version of onnxruntime."""
+    return None if re.fullmatch(r"\d+\.\d+(\.\d+)?|newest", text) else f"{text!r} is no version such as 1.20, nor newest"
+
+
 def name_fault(kind: str) -> Callable[[str], str | None]:
     """One of the passes or targets there are."""
 
@@ -211,6 +216,13 @@ OPTIONS = [
         callback=checked(name_fault("targets")),
         shell_complete=complete_names("targets"),
         help="The runtime that will run the graph.",
+    ),
+    Option(
+        WHAT,
+        "--onnxruntime",
+        metavar="X.Y|newest",
+        callback=checked(release_fault),
+        help="For target onnxruntime: the version that will run the graph.  [default: 1.17 and later, in operators that others know too]",
     ),
     Option(
         WHAT,

@@ -37,12 +37,14 @@ def pipeline_for(recipe: Recipe, target: Target, passes: str | None = None) -> P
     """
     packing = target.packing if recipe.storage == "native" else ""
     if recipe.storage == "native" and not packing:
-        raise RecipeError(f"target {target.name} runs no INT4 weights beside quantized activations: leave out --storage native")
+        release = f" of {target.release}" if target.release else ""
+        raise RecipeError(f"target {target.name}{release} runs no INT4 weights beside quantized activations: leave out --storage native")
     if passes is None:
         chosen = recipe.pipeline
         for name, others in target.replaces.items():
             chosen = re.sub(rf"(?<![\w-]){name}(\{{[^}}]*\}})?(?![\w-])", others, chosen)
-        passes = ",".join(name for text in (FRONT, target.rewrites, chosen, target.lowering, packing) for name in text.split(",") if name)
+        parts = (FRONT, target.rewrites, chosen, target.lowering, packing, "legalize")
+        passes = ",".join(name for text in parts for name in text.split(",") if name)
     return Pipeline.parse(passes, find_pass)
 
 

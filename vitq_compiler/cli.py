@@ -55,8 +55,14 @@ DIAGNOSE_NAMES: tuple[str, ...] = ("recipe", "bits", "definition", "target", "at
 DIAGNOSE_NAMES += ("augment", "preprocess", "exclude", "seed", "threads")
 COMPILE_ONLY = ("inspect", "check", "output", "explain", "passes", "dump_after", "min_sqnr", "min_agreement", "no_output_on_failure")
 
-# Those that are fields of a target.
-TARGET_OPTIONS = {"trt_version": "version", "float_type": "float_type", "compute_capability": "compute_capability", "cpu": "cpu"}
+# Those that are fields of a target: its name, and that of the field.
+TARGET_OPTIONS = {
+    "onnxruntime": ("onnxruntime", "version"),
+    "cpu": ("onnxruntime", "cpu"),
+    "trt_version": ("tensorrt", "version"),
+    "float_type": ("tensorrt", "float_type"),
+    "compute_capability": ("tensorrt", "compute_capability"),
+}
 
 
 class _Command(click.Command):
@@ -185,7 +191,13 @@ def _listing(given: dict[str, Any]) -> list[str] | None:
 
 
 def _target_options(given: dict[str, Any]) -> dict[str, Any]:
-    return {field: given[name] for name, field in TARGET_OPTIONS.items() if given[name] is not None}
+    options = {}
+    for name, (target, field) in TARGET_OPTIONS.items():
+        if given[name] is not None:
+            if given["target"] != target:
+                raise click.UsageError(f"--{name.replace('_', '-')} is for target {target}, not {given['target']}: leave it out")
+            options[field] = given[name]
+    return options
 
 
 def _check_report(report: Path | None, output: Path, model: Path, kind: str = "report") -> None:

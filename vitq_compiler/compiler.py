@@ -26,7 +26,8 @@ from vitq_compiler.precision import HalfPrecision, narrow
 from vitq_compiler.progress import Progress, silent
 from vitq_compiler.provenance import Provenance
 from vitq_compiler.recipe import load_recipe
-from vitq_compiler.report import CompileReport, DataRow, GateRow, NoteRow, PassRow, Validation
+from vitq_compiler.releases import requirement
+from vitq_compiler.report import CompileReport, DataRow, GateRow, NeedsRow, NoteRow, PassRow, Validation
 from vitq_compiler.verdict import linear_rows, validate
 from vitq_compiler.verify import Dump, PairLimits, Parity, Structure, Thrift
 
@@ -72,7 +73,7 @@ def compile(
         bits: of weights and activations, such as ``w4a4``, instead of the recipe's.
         definition: ``strict`` or ``deploy``, see `Recipe.definition`, instead of the recipe's.
         target: name of a target.
-        target_options: its fields, such as ``version`` and ``float_type`` of tensorrt.
+        target_options: its fields: ``version`` of onnxruntime, ``version``, ``float_type`` and ``compute_capability`` of tensorrt.
         attention: what the operands of the attention products become, of `recipe.ATTENTION`, instead of the recipe's choice.
         storage: where weights of at most 4 bits lie: ``container`` (int8) or ``native`` (INT4), instead of the recipe's choice.
         calibration: folder of images, ``.npz`` or ``.npy``; None takes built-in images.
@@ -123,7 +124,7 @@ def compile(
     graph, half, boundary = opened.graph, opened.half, opened.boundary
     large = file_bytes(model) > LARGE_MODEL
     # What everything is held against. Rounding to half precision would drown what the passes are checked for.
-    floating: Path | Graph = graph.snapshot() if half.computes else model
+    floating: Path | Graph = model if opened.runs_here and not half.computes else graph.snapshot()
     data = open_samples(
         graph, model, plan, calibration, samples=samples, augment=augment, batch_size=batch_size, preprocess=preprocess, seed=seed
     )
@@ -146,6 +147,7 @@ def compile(
         integer.metadata_props.add(key="cpu", value=chosen.platform.cpu)
     if source.origin:
         integer.metadata_props.add(key="source", value=source.origin)
+    needs = _needs(integer, c)
     if half.kind:
         floating = _restore(model, integer, boundary, half, floating, c)
     verdict, kernel_of = validate(floating, file_bytes(model), integer, c, parity)
@@ -168,6 +170,7 @@ def compile(
         linears=linear_rows(c, kernel_of),
         notes=tuple(NoteRow(n.stage, n.where, n.reason) for n in c.notes),
         validation=verdict,
+        needs=needs,
         gates=gates,
         warnings=(*source.warnings, *data.warnings, *c.warnings, *(written.warnings if written else ())),
         nodes=provenance.rows(c),
@@ -183,6 +186,16 @@ def compile(
 def _probe_batch(graph: Graph, data: Data) -> runtime.Feed:
     """A few samples that calibration does not see, for the parity of float-exact passes and for inner comparisons."""
     return runtime.first_samples(graph.inputs, next(data.validation() if data.validation_count else data.calibration()), PROBE_SAMPLES)
+
+
+def _needs(integer: onnx.ModelProto, c: Compilation) -> NeedsRow:
+    """What the result asks of ONNX Runtime, told in its metadata too; a warning where that is more than the release named has."""
+    found = requirement(integer)
+    needs = NeedsRow(c.graph.opset, c.graph.ir_version, found.release, found.reason)
+    integer.metadata_props.add(key="onnxruntime", value=f">={found.release}" if found.release else "none")
+    if c.target.release and not found.met_by(c.target.release):
+        c.warnings.append(f"onnxruntime {c.target.release} does not run the result, {needs.releases} does: {found.reason}")
+    return needs
 
 
 def _restore(

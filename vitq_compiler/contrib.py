@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from vitq_compiler.decompositions import Writer, attend, merge_heads, split_heads
 from vitq_compiler.graph import Graph, Node, Tensor, is_constant, value
 from vitq_compiler.pattern import MatchFailure
 
@@ -157,28 +158,6 @@ def _multi_head_attention(graph: Graph, node: Node, shapes: Shapes) -> Replaceme
     return [_attend(graph, node, (q, k, v), sizes[0], masks), None, None]
 
 
-def standard_attention(graph: Graph, node: Node, shapes: Shapes) -> Replacement:
-    """ONNX's own Attention (opset 23), which torch exports from there on, in the products that the passes look for."""
-    q, k, v = node.inputs[:3]
-    mask = _given(node, 3)
-    _refuse_inputs(node, 4, "a cache")
-    if node.attrs.get("softcap", 0.0) or node.attrs.get("qk_matmul_output_mode", 0) or node.attrs.get("is_causal", 0):
-        raise MatchFailure("it is causal or caps its scores", node.name)
-    if mask is not None and mask.dtype == np.bool_:
-        choices = [graph.constant(f"{node.name}/{n}", np.array(x, np.float32)) for n, x in (("kept", 0), ("left_out", -np.inf))]
-        mask = graph.add("Where", [mask, *choices], name=f"{node.name}/mask")
-    if len(shapes[q.name]) == 3:
-        heads = int(node.attrs["q_num_heads"])
-        if heads != node.attrs["kv_num_heads"]:
-            raise MatchFailure("several heads of queries share keys", node.name)
-        node.attrs["num_heads"] = heads
-        return [_attend(graph, node, (q, k, v), shapes[q.name][-1], [mask])]
-    if shapes[q.name][1] != shapes[k.name][1]:
-        raise MatchFailure("several heads of queries share keys", node.name)
-    keys = graph.add("Transpose", [k], name=f"{node.name}/k", perm=[0, 1, 3, 2])
-    return [_weighted(graph, node, (q, keys, v), shapes[q.name][-1], [mask])]
-
-
 def _padding_mask(graph: Graph, node: Node, mask: Tensor | None, shapes: Shapes) -> Tensor | None:
     """1 for keys that count and 0 for others, [batch, keys] -> 0 and a large negative number, [batch, 1, 1, keys]."""
     if mask is None:
@@ -195,25 +174,10 @@ def _padding_mask(graph: Graph, node: Node, mask: Tensor | None, shapes: Shapes)
 
 def _attend(graph: Graph, node: Node, qkv: tuple[Tensor, Tensor, Tensor], width: int, masks: list[Tensor | None]) -> Tensor:
     """softmax(scale q k^T + masks) v for q, k, v [batch, tokens, heads * head_dim]."""
-    if node.attrs.get("unidirectional", 0):
-        raise MatchFailure("it is causal", node.name)
-    heads, name = int(node.attrs["num_heads"]), node.name
-    split = graph.constant(f"{name}/heads", np.array([0, 0, heads, -1], np.int64))
-    merged = graph.constant(f"{name}/merged", np.array([0, 0, -1], np.int64))
-    views = [
-        graph.add("Transpose", [graph.add("Reshape", [t, split], name=f"{name}/{letter}/split")], name=f"{name}/{letter}", perm=perm)
-        for t, letter, perm in zip(qkv, "qkv", ([0, 2, 1, 3], [0, 2, 3, 1], [0, 2, 1, 3]), strict=True)
-    ]
-    context = _weighted(graph, node, (views[0], views[1], views[2]), width // heads, masks)
-    return graph.add("Reshape", [graph.add("Transpose", [context], name=f"{name}/tokens", perm=[0, 2, 1, 3]), merged], name=f"{name}/merge")
-
-
-def _weighted(graph: Graph, node: Node, operands: tuple[Tensor, Tensor, Tensor], head_dim: int, masks: list[Tensor | None]) -> Tensor:
-    """softmax(scale q k^T + masks) v, head by head, of q, k^T and v [batch, heads, ., .]."""
-    scale = node.attrs.get("scale", 0.0) or head_dim**-0.5
-    scores = _scaled(graph, node, graph.add("MatMul", operands[:2], name=f"{node.name}/scores"), scale)
-    weights = graph.add("Softmax", [_sum(graph, node, scores, *masks)], name=f"{node.name}/softmax", axis=-1)
-    return graph.add("MatMul", [weights, operands[2]], name=f"{node.name}/context")
+    w, heads = Writer(graph, node), int(node.attrs["num_heads"])
+    operands = [split_heads(w, tensor, heads, transposed=place == 1) for place, tensor in enumerate(qkv)]
+    causal = bool(node.attrs.get("unidirectional", 0))
+    return merge_heads(w, attend(w, operands, width // heads, float(node.attrs.get("scale", 0.0)), masks, causal=causal))
 
 
 UNFUSE: dict[str, Unfuse] = {
@@ -234,13 +198,13 @@ UNFUSE: dict[str, Unfuse] = {
 
 
 def unfuse(graph: Graph, node: Node, shapes: dict[str, Any]) -> None:
-    """Replace ``node``, one of `UNFUSE` or a standard Attention, by simpler operators.
+    """Replace ``node``, one of `UNFUSE`, by simpler operators.
 
     Raises:
         MatchFailure: it does what standard operators cannot, or an output is read that they do not have.
     """
     used = [graph.is_output(t) or bool(t.outputs) for t in node.outputs]
-    replacement = (UNFUSE[node.op] if node.domain == DOMAIN else standard_attention)(graph, node, shapes)
+    replacement = UNFUSE[node.op](graph, node, shapes)
     replacement += [None] * (len(used) - len(replacement))
     for old, new, is_used in zip(list(node.outputs), replacement, used, strict=False):
         if is_used and new is None:

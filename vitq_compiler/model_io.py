@@ -15,6 +15,7 @@ from vitq_compiler.branches import inline_branches
 from vitq_compiler.contrib import DOMAIN, UNFUSE
 from vitq_compiler.errors import ModelError, OutputError
 from vitq_compiler.graph import LARGE, proto_bytes
+from vitq_compiler.opset import STANDARD_DOMAINS, form_of, opset_of
 from vitq_compiler.precision import HALF
 from vitq_compiler.runtime import PROTOBUF_LIMIT, first_line
 from vitq_compiler.tensors import is_external, numpy_type, stored_bytes, to_array
@@ -27,7 +28,6 @@ QUANTIZED_OPS = frozenset(
     }
 )
 WEIGHTED_OPS = frozenset({"MatMul", "Gemm", "Conv", "LayerNormalization", "BatchNormalization"})
-STANDARD_DOMAINS = ("", "ai.onnx")
 MAPPED = frozenset({TensorProto.FLOAT, *HALF, TensorProto.INT64})  # types of weights that numpy reads as they lie in a file
 
 
@@ -134,19 +134,10 @@ def adopt_contrib_ops(model: onnx.ModelProto) -> None:
     """Move what onnxruntime's optimizers write into the standard domain, though it is not standard there, to their own."""
     adopted = False
     for node in model.graph.node:
-        if node.domain in STANDARD_DOMAINS and node.op_type in UNFUSE and not _is_standard(node.op_type, opset_of(model)):
+        if node.domain in STANDARD_DOMAINS and node.op_type in UNFUSE and not form_of(node.op_type, opset_of(model)):
             node.domain, adopted = DOMAIN, True
     if adopted and not any(o.domain == DOMAIN for o in model.opset_import):
         model.opset_import.append(helper.make_opsetid(DOMAIN, 1))
-
-
-def opset_of(model: onnx.ModelProto) -> int:
-    """Version of the standard operators; 0 where the model does not say."""
-    return next((o.version for o in model.opset_import if o.domain in STANDARD_DOMAINS), 0)
-
-
-def _is_standard(op: str, opset: int) -> bool:
-    return bool(onnx.defs.has(op)) and min(s.since_version for s in onnx.defs.get_all_schemas_with_history() if s.name == op) <= opset
 
 
 def check_model(model: onnx.ModelProto, path: Path) -> None:

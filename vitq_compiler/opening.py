@@ -11,11 +11,14 @@ from vitq_compiler.data import Data, open_data
 from vitq_compiler.errors import ModelError
 from vitq_compiler.graph import Graph
 from vitq_compiler.model_io import convert_opset, read_model
+from vitq_compiler.opset import PORTABLE
 from vitq_compiler.pipeline import Compilation, Pipeline
 from vitq_compiler.precision import HalfPrecision, find_half, widen
 from vitq_compiler.preprocess import Preprocess, resolve
 from vitq_compiler.preprocess_in_graph import leave_out
 from vitq_compiler.recipe import Recipe
+from vitq_compiler.releases import requirement
+from vitq_compiler.runtime import INSTALLED
 from vitq_compiler.target import Target
 from vitq_compiler.token_ids import id_limits
 
@@ -25,28 +28,31 @@ class Opened:
     """A model in float32.
 
     Attributes:
-        graph: at the target's opset.
+        graph: at opset `PORTABLE`, or the newer one of the file.
         half: what half precision the file has.
         boundary: the inputs and outputs that were of it, with their types; see `precision.narrow`.
+        runs_here: whether the installed runtime has the operators of the file as they are there.
     """
 
     graph: Graph
     half: HalfPrecision
     boundary: dict[str, int]
+    runs_here: bool
 
 
 def open_model(model: Path, target: Target) -> Opened:
     """Read a model for a target.
 
     Raises:
-        ModelError: it cannot be read, or not brought to the target's opset.
+        ModelError: it cannot be read, or not brought to opset `PORTABLE`.
     """
     source = read_model(model)
+    runs_here = requirement(source).met_by(INSTALLED)
     half, boundary = find_half(source), widen(source)
-    graph = Graph.from_proto(convert_opset(source, target.opset, model))
+    graph = Graph.from_proto(convert_opset(source, PORTABLE, model))
     graph.ir_version = target.ir_version
     graph.layouts = {picture.name: picture.layout for picture in find_pictures(graph) if picture.layout is not None}
-    return Opened(graph, half, boundary)
+    return Opened(graph, half, boundary, runs_here)
 
 
 def open_samples(

@@ -127,6 +127,27 @@ class BlockRow:
 
 
 @dataclass(frozen=True)
+class NeedsRow:
+    """What the compiled graph asks of what runs it.
+
+    Attributes:
+        opset, ir_version: of the file, the lowest for its operators and types.
+        onnxruntime: the first release that runs it on the CPU, such as 1.17, as all later ones do; empty where none does.
+        reason: what in the graph needs that one.
+    """
+
+    opset: int
+    ir_version: int
+    onnxruntime: str
+    reason: str
+
+    @property
+    def releases(self) -> str:
+        """The releases of ONNX Runtime in words."""
+        return f"onnxruntime {self.onnxruntime} and later" if self.onnxruntime else "no onnxruntime so far"
+
+
+@dataclass(frozen=True)
 class TrainingRow:
     """What training one part of the network was worth.
 
@@ -207,6 +228,7 @@ class CompileReport:
         definition: which ends of the network got them, ``strict`` or ``deploy``; empty where the recipe says it itself.
         cpu: which CPUs the graph gives these results on, ``any`` or ``vnni``; empty where the target is none.
         integer_unit: the integer instructions of the CPU that measured, see `cpu.integer_unit`.
+        needs: what the output asks of what runs it.
         command: what takes the output further, where its target needs that.
         attention: the price of each choice for the attention products, where the target has several.
         chosen: why this file of a folder was taken; empty where there was no other.
@@ -226,6 +248,7 @@ class CompileReport:
     linears: tuple[LinearRow, ...]
     notes: tuple[NoteRow, ...]
     validation: Validation
+    needs: NeedsRow
     gates: tuple[GateRow, ...]
     warnings: tuple[str, ...]
     nodes: tuple[NodeRow, ...] = ()

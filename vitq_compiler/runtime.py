@@ -17,7 +17,9 @@ import onnxruntime as ort
 from vitq_compiler.cpu import saturates_here
 from vitq_compiler.errors import TargetError
 from vitq_compiler.graph import LARGE_MODEL, Array, Graph, InputSpec, proto_bytes
+from vitq_compiler.opset import PORTABLE, lower_opset
 from vitq_compiler.quant import E4M3
+from vitq_compiler.releases import known_release, requirement
 from vitq_compiler.tensors import from_array
 
 Feed = dict[str, Array]
@@ -26,6 +28,7 @@ PROTOBUF_LIMIT = 2**31 - 2**20  # bytes; a larger model must go through files wi
 FLOAT8 = frozenset({onnx.TensorProto.FLOAT8E4M3FN, onnx.TensorProto.FLOAT8E5M2})
 QDQ_FUSION = "QDQSelectorActionTransformer"  # before 1.32 it makes integer kernels of 8-bit floats, which then do not load
 
+INSTALLED = known_release(ort.__version__)
 CPU = ("CPUExecutionProvider",)
 PROVIDERS = {"cpu": CPU, "tensorrt": ("TensorrtExecutionProvider",), "nvtensorrtrtx": ("NvTensorRTRTXExecutionProvider",)}
 
@@ -46,7 +49,8 @@ def session(
     """An ONNX Runtime session.
 
     Args:
-        model: a graph, whose weights are then shared and not copied where they are large and in float; a ModelProto; or a file.
+        model: a graph, whose weights are then shared and not copied where they are large and in float, and of which operators that the
+            runtime does not have yet are written in older ones; a ModelProto; or a file.
         threads: intra-op threads; 0 lets the runtime choose.
         brief: for one or two runs: skip what takes longer to prepare than it saves.
         takes_turns: with other work on the same cores: threads sleep between runs instead of waiting awake.
@@ -74,7 +78,7 @@ def session(
             options.add_session_config_entry("session.optimized_model_external_initializers_file_name", f"{optimized_path.name}.data")
     try:
         if isinstance(model, Graph):
-            light, weights = model.without_weights()
+            light, weights = _runnable(model)
             integer = model.find("DequantizeLinear")  # whose weights must be initializers for integer kernels
             if not integer and sum(w.nbytes for w in weights.values()) > LARGE_MODEL:
                 return _Fed(light, weights, options)
@@ -98,6 +102,16 @@ def _loaded(model: onnx.ModelProto, options: ort.SessionOptions, providers: Sequ
         path = Path(folder) / "model.onnx"
         onnx.save(model, path, save_as_external_data=True)
         return ort.InferenceSession(str(path), **given)
+
+
+def _runnable(graph: Graph) -> tuple[onnx.ModelProto, dict[str, Array]]:
+    """`Graph.without_weights` of the graph, or of a copy in operators that the installed runtime has."""
+    light, weights = graph.without_weights()
+    if requirement(light).met_by(INSTALLED):
+        return light, weights
+    copy = graph.snapshot()
+    lower_opset(copy, PORTABLE)
+    return copy.without_weights()
 
 
 def providers_of(name: str) -> tuple[str, ...]:
@@ -213,21 +227,6 @@ def limited(inputs: Sequence[InputSpec], batches: Iterable[Feed], count: int) ->
             break
         yield (part := first_samples(inputs, feed, left))
         left -= sample_count(inputs, part)
-
-
-def supports(op: str, opset: int) -> bool:
-    """Whether the installed runtime has a CPU kernel for a standard operator at that opset."""
-    if op != "Attention":
-        raise ValueError(f"no probe graph for {op}")
-    value = onnx.helper.make_tensor_value_info
-    kind, shape = onnx.TensorProto.FLOAT, [1, 2, 4]
-    node = onnx.helper.make_node(op, ["q", "k", "v"], ["y"], q_num_heads=2, kv_num_heads=2)
-    graph = onnx.helper.make_graph([node], "probe", [value(n, kind, shape) for n in "qkv"], [value("y", kind, shape)])
-    try:
-        session(onnx.helper.make_model(graph, opset_imports=[onnx.helper.make_opsetid("", opset)], ir_version=10))
-    except TargetError:
-        return False
-    return True
 
 
 def optimized(model: onnx.ModelProto) -> onnx.ModelProto:

@@ -11,6 +11,7 @@ from vitq_compiler.errors import RecipeError, TargetError
 from vitq_compiler.graph import Graph, InputSpec
 from vitq_compiler.lint.model import Model
 from vitq_compiler.lint.rule import Finding, Platform, Rule, check
+from vitq_compiler.opset import PORTABLE, lower_opset
 
 if TYPE_CHECKING:
     from vitq_compiler.pipeline import Compilation
@@ -22,31 +23,33 @@ class Target(ABC):
 
     Attributes:
         name: as in ``--target``.
-        opset: opset of the graph.
-        ir_version: IR version of the file.
+        opset: the newest one that the graph may have; it gets the lowest that its operators need.
+        ir_version: IR version of the file, where no type needs a newer one.
         rewrites: passes that shape the float graph for this target, before calibration.
-        lowering: passes from quantization parameters to the final graph.
+        lowering: passes from quantization parameters to the quantized graph, to which legalize then gives its form.
         rules: what a graph must satisfy, also one that another tool made; see `lint`.
+        release: the release of ONNX Runtime that the graph is written for, of `releases.RELEASES`; empty where none is named.
         platform: the version and the GPU that the graph is for, where that matters.
         integer_kernels: op types of the runtime's optimized graph that compute on integers.
         runs_here: whether onnxruntime on this machine is what the graph is for; only then do its kernels and timings count.
         attention_choices: those of `recipe.ATTENTION` between which the user has to weigh speed and accuracy; the report prices each.
-        packing: pass that stores weights of few bits in a type of their own; empty where the target runs no such weights.
+        packing: pass before legalize that stores weights of few bits in a type of their own; empty where the target runs no such weights.
         may_saturate: whether products of codes may saturate on CPUs that the graph is not meant for.
         replaces: pass of a recipe -> the passes that take its place (or none), where another way suits the target better.
     """
 
     name: ClassVar[str]
-    opset: ClassVar[int]
-    ir_version: ClassVar[int]
-    rewrites: ClassVar[str]
-    lowering: ClassVar[str]
+    opset: int = PORTABLE
+    ir_version: int = 9
+    rewrites: str
+    lowering: str
     rules: ClassVar[tuple[Rule, ...]]
+    release: str = ""
     platform: Platform = Platform()
     integer_kernels: ClassVar[frozenset[str]]
     runs_here: ClassVar[bool] = True
     attention_choices: ClassVar[tuple[str, ...]] = ()
-    packing: ClassVar[str] = ""
+    packing: str = ""
     may_saturate: bool = False
     replaces: ClassVar[Mapping[str, str]] = {}
 
@@ -75,6 +78,14 @@ class Target(ABC):
     def command(self, path: Path, inputs: list[InputSpec]) -> str:
         """The command that takes the written graph further, or nothing."""
         return ""
+
+    def lower_opset(self, c: Compilation) -> int:
+        """Write the graph in the words of the newest opset that the target takes; returns how many operators became others.
+
+        Raises:
+            TargetError: one has no form there.
+        """
+        return lower_opset(c.graph, self.opset)
 
     @abstractmethod
     def lower(self, c: Compilation) -> int:

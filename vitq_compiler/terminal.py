@@ -240,6 +240,7 @@ def _show_summary(report: CompileReport, console: Console, verbosity: int) -> No
         "Preprocessing": data.preprocess,
         "CPUs": _cpus(report),
         "Training": _training(report.training),
+        "Runs on": f"{report.needs.releases}: opset {report.needs.opset}, IR version {report.needs.ir_version} ({report.needs.reason})",
         "Recipe": f"{_recipe(report)} for {report.target}, compiled in {report.seconds:.1f} s",
     }
     facts = Table(box=None, show_header=False, pad_edge=False)

@@ -7,7 +7,6 @@ from tests.blocks.test_computed_attention import MERGE, PROJ, SCORES, WEIGHTS, K
 from tests.builders import changes_of, compilation, difference, feed_of, ops, run_model
 from vitq_compiler.annotations import understand
 from vitq_compiler.graph import Graph
-from vitq_compiler.runtime import supports
 
 RANDOM = np.random.default_rng(0)
 WEIGHTS |= {
@@ -56,7 +55,6 @@ def test_regular_attention(text: str, heads: int) -> None:
     assert attention.proj.weight.name == "wp"
 
 
-@pytest.mark.skipif(not supports("Attention", 23), reason="the installed onnxruntime has no Attention operator")
 @pytest.mark.parametrize(("text", "heads"), REGULAR.values(), ids=REGULAR)
 def test_it_is_fused(text: str, heads: int) -> None:
     c = compilation(built(text))

@@ -15,12 +15,14 @@ from PIL import Image
 
 from tests import builders
 from tests.e2e.command import FAST, OLD, WIDE, contents, run, write_vit
+from vitq_compiler import runtime
 from vitq_compiler.builtin_images import dead_leaves
 from vitq_compiler.compiler import compile
 from vitq_compiler.explain import explain
 from vitq_compiler.metrics import sqnr
 from vitq_compiler.passes import fuse_attention
 from vitq_compiler.report import CompileReport
+from vitq_compiler.targets import onnxruntime
 
 MIN_SQNR = 18.0  # of a two-block ViT with random weights, in dB
 
@@ -63,19 +65,22 @@ def assert_integer(report: CompileReport, linears: int) -> None:
 # Dialects
 
 
+@pytest.mark.parametrize(("version", "attention", "opset"), [("", "Softmax", 20), ("newest", "Attention", 23)], ids=["portable", "newest"])
 @pytest.mark.parametrize("dynamic", [True, False], ids=["dynamic", "fixed"])
 @pytest.mark.parametrize("name", builders.DIALECTS)
-def test_dialects(tmp_path: Path, name: str, dynamic: bool) -> None:
+def test_dialects(tmp_path: Path, name: str, dynamic: bool, version: str, attention: str, opset: int) -> None:
     dialect, sizes = builders.variant(builders.DIALECTS[name], dynamic=dynamic), builders.Sizes()
     model = write_vit(tmp_path / "vit.onnx", sizes, dialect)
-    report = quick(model, str(tmp_path / "out.onnx"))
+    report = quick(model, str(tmp_path / "out.onnx"), target_options={"version": version})
     roles = [*builders.roles_of(sizes, dialect), "patch_embed"]
     assert_integer(report, len(roles))
     assert sorted(row.role for row in report.linears) == sorted(roles), "as given, though attention takes q, k and v apart"
     (output,) = report.validation.outputs
     assert output.sqnr_db > MIN_SQNR
     assert len(report.validation.blocks) == 2 * sizes.depth
-    assert {"Attention", "Gemm"} <= {node.op_type for node in onnx.load(tmp_path / "out.onnx").graph.node}
+    compiled = onnx.load(tmp_path / "out.onnx")
+    assert {"Attention", "Softmax", "Gemm"} & {node.op_type for node in compiled.graph.node} == {attention, "Gemm"}
+    assert (compiled.opset_import[0].version, compiled.ir_version) == (report.needs.opset, report.needs.ir_version) == (opset, 9)
 
 
 @pytest.mark.parametrize(
@@ -132,12 +137,15 @@ def test_any_batch(folder: Path) -> None:
     assert [o.name for o in integer.get_outputs()] == ["logits"]
 
 
-def test_without_the_attention_operator(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(fuse_attention, "supports", lambda op, opset: False)
-    report = quick()
-    assert_integer(report, 10)
-    assert any("no Attention operator" in warning for warning in report.warnings)
+def test_an_installed_runtime_that_is_older_than_the_one_named(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for module in (fuse_attention, onnxruntime, runtime):
+        monkeypatch.setattr(module, "INSTALLED", "1.22")
+    report = quick(target_options={"version": "newest"})
+    assert_integer(report, 14)
+    (warning,) = [w for w in report.warnings if "has to run the result too" in w]
+    assert warning == "the installed onnxruntime has to run the result too, so it is written for 1.22, not 1.32"
     assert "Softmax" in {node.op_type for node in onnx.load("out.onnx").graph.node}
+    assert (report.needs.opset, report.needs.onnxruntime) == (20, "1.17")
     assert report.validation.outputs[0].sqnr_db > MIN_SQNR
 
 

@@ -239,14 +239,31 @@ def test_the_three_share_one_quantizer() -> None:
     assert len(quantizers) == len(set(quantizers)) == 1 + 2 * 4
 
 
-def test_a_runtime_without_the_operator(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(fuse_attention, "supports", lambda op, opset: False)
+@pytest.mark.parametrize("installed", ["1.22", "1.23"])
+def test_a_runtime_without_the_operator(installed: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fuse_attention, "INSTALLED", installed)
     c = prepared(vit(Sizes(depth=1)))
     before = c.graph.text()
     assert changes_of(c, "fuse-attention") == 0
     assert c.graph.text() == before
-    assert "has no Attention operator" in c.warnings[0]
-    assert [note.stage for note in c.notes][-1] == "fuse-attention"
+    assert (c.notes[-1].stage, c.notes[-1].where) == ("fuse-attention", "attention")
+    assert c.notes[-1].reason == (
+        "kept decomposed: the graph would need a newer onnxruntime than the installed one: QuantizeLinear of opset 23"
+    )
+
+
+def test_another_operator_that_has_no_kernel_at_that_opset() -> None:
+    """RoiAlign runs as it was in opset 16, and not as it is in 22."""
+    c = prepared(vit(Sizes(depth=1)))
+    graph = c.graph
+    rois = graph.constant("rois", np.array([[0, 0, 2, 2]], np.float32))
+    picture = graph.constant("picture", np.array([0], np.int64))
+    crops = graph.insert("RoiAlign", [graph.input_tensors[0], rois, picture], name="crops", output_height=2, output_width=2)
+    crops.dtype, crops.shape = np.dtype(np.float32), [1, 3, 2, 2]
+    graph.set_outputs([*graph.outputs, crops])
+    assert fused(c) == 0
+    assert c.notes[-1].reason.endswith("RoiAlign of opset 22")
+    assert graph.opset == 20
 
 
 def test_batches_may_differ_afterwards() -> None:

@@ -117,6 +117,6 @@ def test_tensorrt_has_no_such_weights() -> None:
 
 def test_a_recipe_may_ask_for_it() -> None:
     table = {"description": "d", "weight": {"bits": 4}, "activation": {}, "passes": "calibrate,compute-qparams", "storage": "native"}
-    assert str(pipeline_for(parse_recipe("r", table), load_target("onnxruntime"))).endswith("legalize,pack-weights")
+    assert str(pipeline_for(parse_recipe("r", table), load_target("onnxruntime"))).endswith("insert-qdq,pack-weights,legalize")
     with pytest.raises(RecipeError, match="storage 'disk' is unknown: known are container, native"):
         parse_recipe("r", table | {"storage": "disk"})

@@ -18,7 +18,7 @@ FRONT = "canonicalize,recover-gelu,separate-linears,annotate,linearize-patch-emb
 
 
 def rounded(cpu: str = "any") -> Compilation:
-    c = compilation(vit(), target=Onnxruntime(cpu))
+    c = compilation(vit(), target=Onnxruntime(cpu=cpu))
     run_passes(c, f"{FRONT},round-with-feedback")
     return c
 

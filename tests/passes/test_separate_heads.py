@@ -97,12 +97,59 @@ def test_an_open_number_of_tokens() -> None:
     assert difference(before, run_model(c.graph, {"x": x})) <= 1e-5
 
 
-def test_products_in_float_are_left_alone() -> None:
+def test_one_operator_is_left_alone() -> None:
     c = block()
     c.specs.clear()
+    assert changes_of(c, "fuse-attention") == 1
     before = c.graph.text()
     assert changes_of(c, "separate-heads") == 0
     assert (c.graph.text(), c.notes) == (before, [])
+
+
+IMAGE = """g (float[B, 2, 3, 8] x) => (float y) {
+    q0 = MatMul(x, wq) q1 = Reshape(q0, heads) q = Transpose<perm = [0, 2, 1, 3]>(q1)
+    k0 = MatMul(x, wk) k1 = Reshape(k0, heads) k = Transpose<perm = [0, 2, 3, 1]>(k1)
+    v0 = MatMul(x, wv) v1 = Reshape(v0, heads) v = Transpose<perm = [0, 2, 1, 3]>(v1)
+    s0 = MatMul(q, k) s1 = Mul(s0, half) s = Add(s1, mask) p = Softmax<axis = -1>(s) o = MatMul(p, v)
+    o1 = Transpose<perm = [0, 2, 1, 3]>(o) o2 = Reshape(o1, image) y = MatMul(o2, wp)
+}"""
+IN_THE_BATCH = """g (float[B, 6, 8] x) => (float y) {
+    a = MatMul(x, wqkv) q0, k0, v0 = Split<axis = -1>(a, parts)
+    q1 = Reshape(q0, heads) q2 = Transpose<perm = [0, 2, 1, 3]>(q1) q = Reshape(q2, matrices)
+    k1 = Reshape(k0, heads) k2 = Transpose<perm = [0, 2, 3, 1]>(k1) k = Reshape(k2, turned)
+    v1 = Reshape(v0, heads) v2 = Transpose<perm = [0, 2, 1, 3]>(v1) v = Reshape(v2, matrices)
+    s0 = MatMul(q, k) s = Mul(s0, half) p = Softmax<axis = -1>(s) o = MatMul(p, v) o0 = Reshape(o, apart)
+    o1 = Transpose<perm = [0, 2, 1, 3]>(o0) o2 = Reshape(o1, merged) y = MatMul(o2, wp)
+}"""
+ONE_HEAD = """g (float[B, 6, 8] x) => (float y) {
+    q = MatMul(x, wq) k0 = MatMul(x, wk) k = Transpose<perm = [0, 2, 1]>(k0) v = MatMul(x, wv)
+    s0 = MatMul(q, k) s = Mul(s0, half) p = Softmax<axis = -1>(s) o = MatMul(p, v) y = MatMul(o, wp)
+}"""
+CROSS = """g (float[B, 6, 8] x, float[B, 4, 8] z) => (float y) {
+    q0 = MatMul(x, wq) q1 = Reshape(q0, heads) q = Transpose<perm = [0, 2, 1, 3]>(q1)
+    k0 = MatMul(z, wk) k1 = Reshape(k0, fewer) k = Transpose<perm = [0, 2, 3, 1]>(k1)
+    v0 = MatMul(z, wv) v1 = Reshape(v0, fewer) v = Transpose<perm = [0, 2, 1, 3]>(v1)
+    s = MatMul(q, k) p = Softmax<axis = -1>(s) o = MatMul(p, v)
+    o1 = Transpose<perm = [0, 2, 1, 3]>(o) o2 = Reshape(o1, merged) y = MatMul(o2, wp)
+}"""
+
+
+@pytest.mark.parametrize("text", [IMAGE, IN_THE_BATCH, ONE_HEAD, CROSS], ids=["image", "heads in the batch", "one head", "cross"])
+def test_tokens_and_heads_in_other_axes(text: str) -> None:
+    random = np.random.default_rng(0)
+    weights = {name: random.normal(size=(8, 8)).astype(np.float32) for name in ("wq", "wk", "wv", "wp")}
+    weights |= {"wqkv": random.normal(size=(8, 24)).astype(np.float32), "mask": random.normal(size=(1, 2, 6, 6)).astype(np.float32)}
+    shapes = {"heads": [-1, 6, 2, 4], "fewer": [-1, 4, 2, 4], "image": [-1, 2, 3, 8], "matrices": [-1, 6, 4], "turned": [-1, 4, 6]}
+    shapes |= {"apart": [-1, 2, 6, 4], "merged": [-1, 6, 8], "parts": [8, 8, 8]}
+    c = compilation(graph_of(text, half=np.float32(0.5), **weights, **{name: np.array(shape) for name, shape in shapes.items()}))
+    c.graph.infer_shapes()
+    c.annotations = understand(c.graph)
+    feed = feed_of(c.graph)
+    before = run_model(c.graph, feed)
+    assert changes_of(c, "separate-heads") == 1, c.notes
+    assert difference(before, run_model(c.graph, feed)) <= 1e-5
+    assert not {"Split", "Mul"} & set(ops(c.graph)), "one Linear for each, the scale in that of the queries"
+    assert len(understand(c.graph).attentions) == 1, "found again"
 
 
 @pytest.mark.parametrize(

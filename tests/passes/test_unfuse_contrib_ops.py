@@ -28,6 +28,7 @@ WEIGHTS = {
     "kernel": RANDOM.standard_normal((4, 5, 2)),
     "kernel_bias": RANDOM.standard_normal(4),
     "table": RANDOM.standard_normal((5, 5)),
+    "w34": RANDOM.standard_normal((2, 5, 4)),
 }
 INTEGERS = {"mask": np.array([[1, 1, 1, 0, 0], [1, 1, 1, 1, 1]], np.int32)}
 BODIES = {
@@ -51,6 +52,7 @@ BODIES = {
     "Attention": "y = com.microsoft.Attention <num_heads = 2> (x, wqkv, bqkv)",
     "Attention, padded": "y = com.microsoft.Attention <num_heads = 2, scale = 0.3> (x, wqkv, bqkv, mask)",
     "Attention, biased": 'y = com.microsoft.Attention <num_heads = 2> (x, wqkv, bqkv, "", "", bias)',
+    "Attention, causal": "y = com.microsoft.Attention <num_heads = 2, unidirectional = 1> (x, wqkv, bqkv, mask)",
     "Attention, sizes": "y = com.microsoft.Attention <num_heads = 2, qkv_hidden_sizes = [4, 4, 12]> (x, wide, wide_bias)",
     "MultiHeadAttention": "y = com.microsoft.MultiHeadAttention <num_heads = 2> (x, z, x)",
     "MultiHeadAttention, biases": "y = com.microsoft.MultiHeadAttention <num_heads = 4, scale = 0.3> (x, z, x, bqkv, mask, bias4)",
@@ -59,12 +61,16 @@ STANDARD = {
     "three axes": "y = Attention <q_num_heads = 2, kv_num_heads = 2> (x, z, x)",
     "three axes, masked": "y = Attention <q_num_heads = 2, kv_num_heads = 2, scale = 0.3> (x, z, x, table)",
     "four axes": "q = Reshape(x, four) k = Reshape(z, four) y = Attention(q, k, q)",
+    "causal": "y = Attention <q_num_heads = 2, kv_num_heads = 2, is_causal = 1> (x, z, x)",
+    "causal, masked": "y = Attention <q_num_heads = 2, kv_num_heads = 2, is_causal = 1> (x, z, x, table)",
+    "heads that share keys": "y = Attention <q_num_heads = 4, kv_num_heads = 2> (x, w34, w34)",
+    "four axes that share keys": "q = Reshape(x, eight) k = Reshape(w34, one) y = Attention <is_causal = 1> (q, k, k)",
     "a mask of truths": "m = Greater(table, zero) y = Attention <q_num_heads = 2, kv_num_heads = 2> (x, z, x, m)",
 }
 REFUSED = {
-    "y = Attention <q_num_heads = 2, kv_num_heads = 2, is_causal = 1> (x, z, x)": "it is causal or caps",
-    "y = Attention <q_num_heads = 2, kv_num_heads = 1> (x, w34, w34)": "several heads of queries share keys",
-    "y = com.microsoft.Attention <num_heads = 2, unidirectional = 1> (x, wqkv, bqkv)": "it is causal",
+    "y = Attention <q_num_heads = 2, kv_num_heads = 2, softcap = 2.0> (x, z, x)": "it caps its scores",
+    "y = Attention <q_num_heads = 2, kv_num_heads = 2, is_causal = 1> (x, w3, w3)": "it is causal, with 5 queries and 3 keys",
+    "y, k, v = Attention <q_num_heads = 2, kv_num_heads = 2> (x, z, x) s = Add(k, v)": "more than its first output is read",
     "y = com.microsoft.Attention <num_heads = 2> (x, computed, bqkv)": "it has computed weights",
     "n, y = com.microsoft.SkipLayerNormalization(x, z, gamma, beta)": "its output y is read",
     'f = Reshape(x, flat) y = com.microsoft.FusedGemm <activation = "LeakyRelu"> (f, w)': "its activation LeakyRelu is not one of Relu,",
@@ -78,7 +84,13 @@ def model_with(body: str) -> onnx.ModelProto:
     model = parser.parse_model(text)
     model.graph.output[0].type.tensor_type.ClearField("shape")
     weights = {n: a.astype(np.float32) for n, a in WEIGHTS.items()} | INTEGERS
-    weights |= {"four": np.array([2, 1, 5, 8]), "zero": np.array(-0.5, np.float32), "w34": np.ones((2, 5, 4), np.float32)}
+    weights |= {
+        "four": np.array([2, 1, 5, 8]),
+        "eight": np.array([2, 2, 5, 4]),
+        "one": np.array([2, 1, 5, 4]),
+        "zero": np.array(-0.5, np.float32),
+        "w3": np.ones((2, 3, 8), np.float32),
+    }
     weights |= {"bias4": np.repeat(weights["bias"], 2, axis=1), "flat": np.array([-1, 8]), "tokens": np.array([-1, 5, 8])}
     model.graph.initializer.extend(numpy_helper.from_array(a, n) for n, a in weights.items())
     return model

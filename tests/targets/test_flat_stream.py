@@ -13,6 +13,7 @@ from vitq_compiler.catalog import pipeline_for
 from vitq_compiler.graph import Graph, producer, readers
 from vitq_compiler.pipeline import Compilation
 from vitq_compiler.targets._flat_stream import flatten_stream, merge_reshapes
+from vitq_compiler.targets.onnxruntime import Onnxruntime
 
 RANDOM = np.random.default_rng(0)
 WEIGHTS = {
@@ -221,24 +222,34 @@ def test_random_streams_keep_their_outputs(lines: list[tuple[str, int, int]], mo
 # In lowered models
 
 
-def compiled(sizes: Sizes, dialect: Dialect) -> Compilation:
-    c = compilation(vit(sizes, dialect))
+def compiled(sizes: Sizes, dialect: Dialect, version: str = "") -> Compilation:
+    c = compilation(vit(sizes, dialect), target=Onnxruntime(version))
     run_passes(c, str(pipeline_for(c.recipe, c.target)))
     return c
 
 
+@pytest.mark.parametrize("version", ["", "newest"], ids=["portable", "newest"])
 @pytest.mark.parametrize("class_token", [True, False])
 @pytest.mark.parametrize("dialect", DIALECTS.values(), ids=DIALECTS)
-def test_four_reshapes_in_a_block(dialect: Dialect, class_token: bool) -> None:
+def test_four_reshapes_in_a_block(dialect: Dialect, class_token: bool, version: str) -> None:
     """Around attention alone: q, k and v become tokens, their result becomes rows."""
-    counts = [ops(compiled(Sizes(depth=depth, class_token=class_token), dialect).graph).count("Reshape") for depth in (2, 3, 4)]
+    counts = [ops(compiled(Sizes(depth=depth, class_token=class_token), dialect, version).graph).count("Reshape") for depth in (2, 3, 4)]
     assert np.diff(counts).tolist() == [4, 4]
-    c = compiled(Sizes(depth=2, class_token=class_token), dialect)
-    first, last = c.graph.find("Attention")
-    assert [producer(t).op for t in first.inputs] == ["Reshape"] * 3
-    assert [producer(t).op for t in last.inputs] == ["Gather" if class_token else "Reshape", "Reshape", "Reshape"]
-    for node in (first, last):
-        assert [reader.op for reader in readers(node.outputs[0])] == ["Reshape"]
+    c = compiled(Sizes(depth=2, class_token=class_token), dialect, version)
+    if version == "newest":
+        first, last = ([producer(t).op for t in node.inputs] for node in c.graph.find("Attention"))
+        results = [node.outputs[0] for node in c.graph.find("Attention")]
+    else:
+        blocks = c.annotations.attentions
+        operands = [[a.scores.inputs[0], a.scores.inputs[1], a.context.inputs[1]] for a in blocks]
+        assert {producer(t).op for tensors in operands for t in tensors} == {"Transpose"}
+        first, last = ([producer(producer(t).inputs[0]).op for t in tensors] for tensors in operands)
+        last[0] = producer(producer(producer(operands[1][0]).inputs[0]).inputs[0]).op if class_token else last[0]
+        results = [readers(a.context.outputs[0])[0].outputs[0] for a in blocks]
+    assert first == ["Reshape"] * 3
+    assert last == ["Gather" if class_token else "Reshape", "Reshape", "Reshape"]
+    for result in results:
+        assert [reader.op for reader in readers(result)] == ["Reshape"]
     for node in c.graph.find("Gelu"):
         (reader,) = readers(node.outputs[0])
         assert [producer(node.inputs[0]).op, reader.op] == ["Gemm", "QuantizeLinear"]

@@ -263,7 +263,7 @@ def test_probabilities_sum_to_one(dtype: str, first: bool) -> None:
 
 def test_an_unknown_kind_of_cpu_is_refused() -> None:
     with pytest.raises(RecipeError, match="known are any, vnni"):
-        Onnxruntime("sse")
+        Onnxruntime(cpu="sse")
 
 
 @pytest.mark.parametrize(
@@ -283,7 +283,7 @@ def test_which_weights_get_a_limit(weight: QuantSpec, activation: QuantSpec, lim
     fitted = Onnxruntime().fit_weight(weight, activation)
     assert fitted.pair_limit == limit
     assert fitted.symmetric or not limit
-    assert Onnxruntime("vnni").fit_weight(weight, activation) == weight
+    assert Onnxruntime(cpu="vnni").fit_weight(weight, activation) == weight
 
 
 def test_every_rule_has_a_violation() -> None:

@@ -14,22 +14,19 @@ from tests.builders import (
     compilation,
     difference,
     feed_of,
-    graph_of,
-    ops,
     run_model,
     run_passes,
     vit,
 )
 from vitq_compiler.catalog import load_target, pipeline_for
 from vitq_compiler.compiler import compile
-from vitq_compiler.errors import RecipeError, TargetError
+from vitq_compiler.errors import RecipeError
 from vitq_compiler.graph import InputSpec, is_constant, producer, value
 from vitq_compiler.lint.rule import INFORMATION
 from vitq_compiler.pipeline import Compilation
 from vitq_compiler.quant import E4M3, QuantSpec
 from vitq_compiler.recipe import load_recipe
 from vitq_compiler.target import Target
-from vitq_compiler.targets._older_opset import lower_opset
 from vitq_compiler.targets.onnxruntime import Onnxruntime
 from vitq_compiler.targets.tensorrt import Tensorrt
 
@@ -214,31 +211,6 @@ def test_bfloat16_has_no_float32_island() -> None:
     assert len(casts) == 2, casts
     assert c.graph.inputs[0].name == casts[0][0]
     assert c.graph.output_names == [casts[1][1]]
-
-
-def test_older_words() -> None:
-    graph = graph_of("g (float[2, 4] x) => (float y) { a = ReduceMean(x, axes) g = Gelu(a) y = Add(g, a) }", axes=np.array([1]))
-    feed = feed_of(graph)
-    reference = run_model(graph, feed)
-    graph.ir_version = 8
-    assert lower_opset(graph, 17) == 2
-    assert (graph.opset, ops(graph)[0]) == (17, "ReduceMean")
-    assert "Gelu" not in ops(graph)
-    assert difference(reference, run_model(graph, feed)) <= 1e-6
-
-
-@pytest.mark.parametrize(
-    ("text", "message"),
-    [
-        ("s = Shape <start = 0, end = 1> (x) y = ReduceMean(x, s)", "its axes are computed"),
-        ("y = GroupNormalization <num_groups = 1> (x, one, one)", "opset 17 has no such operator"),
-        ("y = RMSNormalization(x, one)", "opset 17 has no such operator"),
-    ],
-)
-def test_what_has_no_older_words(text: str, message: str) -> None:
-    graph = graph_of(f"g (float[2, 1, 4] x) => (float[A, B, C] y) {{ {text} }}", one=np.ones(1, np.float32))
-    with pytest.raises(TargetError, match=message):
-        lower_opset(graph, 17)
 
 
 def test_8_bit_floats() -> None:

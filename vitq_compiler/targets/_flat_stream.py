@@ -13,7 +13,7 @@ import numpy as np
 
 from vitq_compiler.graph import Graph, Node, Tensor, is_constant, producer, value
 
-ROWWISE = frozenset({"Gelu", "Relu", "Sigmoid", "LayerNormalization", "Add", "Sum", "Mul", "MatMul"})
+ROWWISE = frozenset({"Gelu", "Relu", "Sigmoid", "LayerNormalization", "Add", "Sum", "Mul", "MatMul", "Div", "Erf", "Tanh"})
 
 
 def flatten_stream(graph: Graph) -> int:

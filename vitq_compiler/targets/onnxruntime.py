@@ -9,18 +9,23 @@ int8 activations with several readers in float.
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, ClassVar
 
 import numpy as np
+from onnx import TensorProto
 
 from vitq_compiler.blocks.linear import Linear
 from vitq_compiler.errors import RecipeError
 from vitq_compiler.graph import Array, Graph, Node, Tensor, producer, readers, value
 from vitq_compiler.lint.onnxruntime import RULES
 from vitq_compiler.lint.rule import Platform, Rule
+from vitq_compiler.opset import PORTABLE, lower_opset, lowest_opset, oldest_opset, stuck_nodes
 from vitq_compiler.pairs import pair_limit
 from vitq_compiler.quant import Edge, QuantParams, QuantSpec
+from vitq_compiler.releases import NEWEST, OLDEST, RELEASES, TYPES, known_release, order, requirement
+from vitq_compiler.runtime import INSTALLED
 from vitq_compiler.target import Target
 from vitq_compiler.targets._codes import clip_codes
 from vitq_compiler.targets._flat_stream import flatten_stream, merge_reshapes
@@ -28,6 +33,7 @@ from vitq_compiler.targets._flat_stream import flatten_stream, merge_reshapes
 if TYPE_CHECKING:
     from vitq_compiler.pipeline import Compilation
 
+FUSED = "1.24"  # the first release with Attention and the quantizers of its opset
 
 CPUS = ("any", "vnni")
 
@@ -37,26 +43,65 @@ class Onnxruntime(Target):
     """ONNX Runtime's CPU kernels.
 
     Attributes:
+        version: the release that will run the graph, such as 1.20, or ``newest``; empty for what nearly all of them run.
         cpu: which CPUs the graph must be right on, of `CPUS`: ``any``, or only those whose int8 products do not saturate (x86 with
             VNNI, ARM), where pairs of weights need no limit.
     """
 
+    version: str = ""
     cpu: str = "any"
 
     name: ClassVar[str] = "onnxruntime"
-    opset: ClassVar[int] = 23
-    ir_version: ClassVar[int] = 10
-    rewrites: ClassVar[str] = "fuse-attention,separate-heads,linearize-patch-embedding"
-    lowering: ClassVar[str] = "insert-qdq,legalize"
-    packing: ClassVar[str] = "pack-weights"
     integer_kernels: ClassVar[frozenset[str]] = frozenset(
         {"QGemm", "MatMulIntegerToFloat", "QLinearMatMul", "QLinearConv", "DynamicQuantizeMatMul"}
     )
     rules: ClassVar[tuple[Rule, ...]] = RULES
+    lowering: ClassVar[str] = "lower-opset,insert-qdq"
 
     def __post_init__(self) -> None:
         if self.cpu not in CPUS:
             raise RecipeError(f"cpu {self.cpu!r}: known are {', '.join(CPUS)}")
+        if self.version in ("", "newest"):
+            return
+        if not re.fullmatch(r"\d+\.\d+(\.\d+)?", self.version) or order(self.version) < order(OLDEST):
+            raise RecipeError(f"onnxruntime {self.version!r}: give a version from {OLDEST} on, such as {NEWEST}, or newest")
+
+    @property
+    def release(self) -> str:
+        """The release that the graph is written for, of `RELEASES`; empty where none is named."""
+        return NEWEST if self.version == "newest" else known_release(self.version) if self.version else ""
+
+    @property
+    def opset(self) -> int:  # type: ignore[override]  # depends on the version
+        """The newest opset that the release has kernels for."""
+        return RELEASES[self.release][0] if self.release else PORTABLE
+
+    @property
+    def rewrites(self) -> str:  # type: ignore[override]  # likewise
+        """Passes that shape the float graph; those of attention take what the one before has left."""
+        fused = "fuse-attention," if self.release and order(self.release) >= order(FUSED) else ""
+        return f"{fused}separate-heads,linearize-patch-embedding"
+
+    @property
+    def packing(self) -> str:  # type: ignore[override]  # likewise
+        """The pass that stores weights of few bits in a type of their own, which the runtime has to widen."""
+        return "pack-weights" if not self.release or order(self.release) >= order(TYPES["Cast", TensorProto.INT4]) else ""
+
+    def lower_opset(self, c: Compilation) -> int:
+        """Write the graph in the words of the release, as far as it can be; the installed one has to run it too."""
+        graph, release = c.graph, min(self.release or INSTALLED, INSTALLED, key=order)
+        if self.release and release != self.release:
+            c.warnings.append(f"the installed onnxruntime has to run the result too, so it is written for {release}, not {self.release}")
+        limit = min(self.opset, RELEASES[release][0])
+        stuck = stuck_nodes(graph, limit)
+        changes = lower_opset(graph, max([limit, *(oldest_opset(node, graph.opset) for node in stuck)]))
+        if stuck:
+            more = f" (and {len(stuck) - 1} more)" if len(stuck) > 1 else ""
+            c.warnings.append(f"{stuck[0].op} node {stuck[0].name}{more} has no form in opset {limit}, which the graph would have else")
+        needs = requirement(graph.without_weights()[0], opset=lowest_opset(graph), more=("QuantizeLinear",))
+        if not needs.met_by(release) and not stuck_nodes(graph, PORTABLE):
+            changes += lower_opset(graph, PORTABLE)
+        return changes
 
     @property
     def platform(self) -> Platform:  # type: ignore[override]  # one for each kind of CPU

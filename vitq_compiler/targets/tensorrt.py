@@ -28,9 +28,9 @@ from vitq_compiler.errors import RecipeError
 from vitq_compiler.graph import Graph, InputSpec, Tensor, is_constant, producer, value
 from vitq_compiler.lint.rule import Platform, Rule
 from vitq_compiler.lint.tensorrt import RULES
+from vitq_compiler.opset import PORTABLE
 from vitq_compiler.quant import E4M3, QuantSpec
 from vitq_compiler.target import Target
-from vitq_compiler.targets._older_opset import lower_opset
 
 if TYPE_CHECKING:
     from vitq_compiler.pipeline import Compilation
@@ -64,8 +64,6 @@ class Tensorrt(Target):
     compute_capability: float | None = None
 
     name: ClassVar[str] = "tensorrt"
-    opset: ClassVar[int] = 20
-    ir_version: ClassVar[int] = 9
     runs_here: ClassVar[bool] = False
     attention_choices: ClassVar[tuple[str, ...]] = ("float", "int8", "fp8")
     replaces: ClassVar[Mapping[str, str]] = {
@@ -84,6 +82,16 @@ class Tensorrt(Target):
             raise RecipeError(
                 f"float type {self.float_type}: TensorRT 8.6 reads scales as float32 and chooses half precision itself; use fp32"
             )
+
+    @property
+    def opset(self) -> int:  # type: ignore[override]  # depends on the version
+        """The newest opset that the version knows in all its releases."""
+        return OLD_OPSET if self.version == "8.6" else PORTABLE
+
+    @property
+    def ir_version(self) -> int:  # type: ignore[override]  # likewise
+        """IR version of the file."""
+        return OLD_IR_VERSION if self.version == "8.6" else 9
 
     @property
     def platform(self) -> Platform:  # type: ignore[override]  # one for each version
@@ -106,10 +114,10 @@ class Tensorrt(Target):
 
     @property
     def lowering(self) -> str:  # type: ignore[override]  # depends on the version
-        """Passes from quantization parameters to the final graph."""
+        """Passes from quantization parameters to the quantized graph."""
         to = "" if self.narrow == "fp16" else f"{{to={self.narrow}}}"
         narrow = [] if self.narrow == "fp32" else ["split-weight-scales", f"narrow-floats{to}"]
-        return ",".join(["price-attention", "insert-qdq", *narrow, "legalize"])
+        return ",".join(["lower-opset", "price-attention", "insert-qdq", *narrow])
 
     def fit(self, spec: QuantSpec) -> QuantSpec:
         """Signed codes whose zero point is zero: symmetric, or anchored where there are codes to spare; 8-bit floats as they are.
@@ -143,11 +151,7 @@ class Tensorrt(Target):
         """What the version needs."""
         if self.compute_capability is None and any(params.format == "e4m3" for params in c.params.values()):
             c.warnings.append(f"8-bit floats need a GPU of compute capability {FP8_GPU} or above; --compute-capability checks yours")
-        if self.version != "8.6":
-            return lower_opset(c.graph, self.opset)
-        changes = _quantize_weights(c.graph) + lower_opset(c.graph, OLD_OPSET)
-        c.graph.ir_version = OLD_IR_VERSION
-        return changes
+        return _quantize_weights(c.graph) if self.version == "8.6" else 0
 
     def kernels(self, graph: Graph) -> dict[str, str]:
         """Weight codes -> the matrix product that reads them, ``Int8`` or ``FP8`` where both operands are."""
