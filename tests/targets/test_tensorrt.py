@@ -147,7 +147,7 @@ def test_the_report(tmp_path: Path) -> None:
     onnx.save(vit(SIZES), path)
     report = compile(path, tmp_path / "out.onnx", target="tensorrt", threads=1, samples=4)
     assert report.quantized == report.integer == len(report.linears) - 1
-    assert {row.kernel for row in report.linears if row.integer} == {"Int8 MatMul"}
+    assert {row.kernel for row in report.linears if row.integer} == {"Int8 MatMul", "Int8 Conv"}
     assert report.validation.latency == ()
     assert all(np.isfinite(block.sqnr_db) for block in report.validation.blocks)
     assert report.command == (
