@@ -61,11 +61,12 @@ def zoo_export(name: str, exporter: str, path: str, small: str, seed: str) -> No
 def zoo_compile(model: str, recipe: str, samples: str, seed: str) -> None:
     """Compile a model and print what became of it, as one line of JSON."""
     from benchmarks.products import KINDS, dense_products, kernels_of
-    from vitq_compiler import runtime
     from vitq_compiler.compiler import compile
     from vitq_compiler.errors import DataError, ModelError, TargetError
     from vitq_compiler.graph import Graph
     from vitq_compiler.model_io import read_model
+    from vitq_compiler.probing import usual_shapes
+    from vitq_compiler.sizes import Probe
     from vitq_compiler.targets.onnxruntime import Onnxruntime
 
     with tempfile.TemporaryDirectory() as folder:
@@ -75,7 +76,8 @@ def zoo_compile(model: str, recipe: str, samples: str, seed: str) -> None:
         except (ModelError, DataError, TargetError) as error:
             print(json.dumps({"status": "refused", "reason": str(error)}))
             return
-        feed = runtime.probe_feed(Graph.from_proto(read_model(Path(model))).inputs, 1)
+        graph = Graph.from_proto(read_model(Path(model)))
+        feed = Probe(1, usual_shapes(graph, Path(model))).feed(graph.inputs)
         products = dense_products(output, feed, kernels_of(output), Onnxruntime.integer_kernels)
     macs = {kind: sum(p.macs for p in products if p.kind == kind) for kind in KINDS}
     integer = {kind: sum(p.macs for p in products if p.kind == kind and p.integer) for kind in KINDS}

@@ -67,6 +67,8 @@ def measure_model(name: str, exporter: str, options: argparse.Namespace) -> Tabl
     from vitq_compiler.compiler import compile
     from vitq_compiler.graph import Graph
     from vitq_compiler.model_io import read_model
+    from vitq_compiler.probing import usual_shapes
+    from vitq_compiler.sizes import Probe
 
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
@@ -84,13 +86,14 @@ def measure_model(name: str, exporter: str, options: argparse.Namespace) -> Tabl
             feeds = calibration_feeds(model, None, "imagenet", options.samples, options.seed)
             graphs |= quantize_all(model, folder, lambda: feeds)
         sizes = {graph: path.stat().st_size / 1e6 for graph, path in graphs.items()}
-        inputs = Graph.from_proto(read_model(model)).inputs
+        graph = Graph.from_proto(read_model(model))
+        shapes = usual_shapes(graph, Path(model))
         sessions = {graph: runtime.session(path, threads=options.threads, as_deployed=True) for graph, path in graphs.items()}
         settle = 0.0 if options.threads == 1 else SETTLE_SECONDS
         rows: list[tuple[Cell, ...]] = []
         for batch in options.batches:
             say(f"{name}: batch {batch} ...")
-            feed = runtime.probe_feed(inputs, batch)
+            feed = Probe(batch, shapes).feed(graph.inputs)
             runs = {graph: partial(session.run, None, feed) for graph, session in sessions.items()}
             times = time_paired(runs, options.rounds, settle)
             first = {r.name: r.ratio for r in ratios(times, next(iter(made)))}

@@ -3,11 +3,13 @@
     Conv(image; kernel = stride = p) -> Reshape[B, C, N] -> Transpose[B, N, C]  ->  patches[B, N, 3 p p] W + c
 
 A convolution kernel must round its output to int8; a Linear needs not, and is as fast. Patches of a video (tubelets) and of a
-signal are cut in the same way. Precondition: the image size is static and a multiple of the patch.
+signal are cut in the same way. Pixels beyond the last whole patch, which the convolution does not read either, are cut off first.
+Where the image size is open, the number of patches is computed when the graph runs.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from math import prod
 
@@ -15,6 +17,7 @@ import numpy as np
 
 from vitq_compiler.blocks.linear import Linear
 from vitq_compiler.graph import Graph, Node, Tensor, readers, value
+from vitq_compiler.passes._observed import observe
 from vitq_compiler.pattern import MatchFailure
 from vitq_compiler.pipeline import Compilation, Fact, Pass
 from vitq_compiler.quant import Edge
@@ -34,7 +37,7 @@ class LinearizePatchEmbedding(Pass):
         changes = 0
         for node in list(c.annotations.patch_embeddings):
             try:
-                linear = _linearize(c.graph, node)
+                linear = _linearize(c, node)
             except MatchFailure as failure:
                 self.note(c, node.name, f"patch embedding stays in float: {failure.reason}")
                 for index in (0, 1):
@@ -48,21 +51,16 @@ class LinearizePatchEmbedding(Pass):
         return changes
 
 
-def _linearize(graph: Graph, node: Node) -> Linear:
+def _linearize(c: Compilation, node: Node) -> Linear:
+    graph = c.graph
     weight = value(node.inputs[1])
     (out_channels, in_channels, *patch), dims = weight.shape, weight.ndim - 2
-    image = node.inputs[0]
-    sizes = list(image.shape or [])[2:]
-    if len(sizes) != dims or not all(isinstance(s, int) and s > 0 and s % p == 0 for s, p in zip(sizes, patch, strict=True)):
-        raise MatchFailure(f"the image size {sizes} is not a static multiple of the patch {patch}", node.name)
-    grid = [s // p for s, p in zip(sizes, patch, strict=True)]
     tokens = _tokens(graph, node.outputs[0])
-    cells = [number for pair in zip(grid, patch, strict=True) for number in pair]
-    cut = graph.constant(f"{node.name}/cut", np.array([-1, in_channels, *cells], np.int64))
-    pieces = graph.add("Reshape", [image, cut], name=f"{node.name}/cut")
+    sides = _sides(c, node.inputs[0], patch)
+    pieces, rows = _cut(graph, node, sides) if all(len(sizes) == 1 for sizes in sides) else _cut_open(graph, node, sides)
     order = [0, *range(2, 2 + 2 * dims, 2), 1, *range(3, 3 + 2 * dims, 2)]
     ordered = graph.insert("Transpose", [pieces], name=f"{node.name}/grid", perm=order)
-    flat = graph.constant(f"{node.name}/flat", np.array([-1, prod(grid), in_channels * prod(patch)], np.int64))
+    flat = graph.constant(f"{node.name}/flat", np.array([*rows, in_channels * prod(patch)], np.int64))
     patches = graph.add("Reshape", [ordered, flat], name=f"{node.name}/patches")
     matrix = graph.constant(f"{node.inputs[1].name}/matrix", weight.reshape(out_channels, -1).T)
     output = graph.insert("MatMul", [patches, matrix], name=f"{node.name}/linear", like=tokens)
@@ -73,6 +71,55 @@ def _linearize(graph: Graph, node: Node) -> Linear:
         linear.add = output.inputs[0]
     graph.replace(tokens, output)
     return linear
+
+
+def _sides(c: Compilation, image: Tensor, patch: Sequence[int]) -> list[list[int]]:
+    """How many pixels there may be along each side: one number where that is not open."""
+    sizes = list(image.shape or [])[2:]
+    if len(sizes) == len(patch) and all(isinstance(size, int) and size > 0 for size in sizes):
+        return [[size] for size in sizes]
+    seen = observe(c.graph, c.probes, [], [image], c.threads)
+    return [list(dict.fromkeys(series)) for series in zip(*seen.shapes[image.name], strict=True)][2:]
+
+
+def _cut(graph: Graph, node: Node, sides: list[list[int]]) -> tuple[Tensor, list[int]]:
+    """The image as [batch, channels, rows, height of a patch, columns, width of a patch], and the batch and tokens of a Reshape."""
+    _, channels, *patch = value(node.inputs[1]).shape
+    counts = [size // p for (size,), p in zip(sides, patch, strict=True)]
+    image = node.inputs[0]
+    if any(size % p for (size,), p in zip(sides, patch, strict=True)):
+        ends = [count * p for count, p in zip(counts, patch, strict=True)]
+        image = _cropped(graph, node, graph.constant(f"{node.name}/ends", np.array(ends, np.int64)))
+    cells = [number for pair in zip(counts, patch, strict=True) for number in pair]
+    target = graph.constant(f"{node.name}/cut", np.array([-1, channels, *cells], np.int64))
+    return graph.add("Reshape", [image, target], name=f"{node.name}/cut"), [-1, prod(counts)]
+
+
+def _cut_open(graph: Graph, node: Node, sides: list[list[int]]) -> tuple[Tensor, list[int]]:
+    """As `_cut`, the number of patches along each side computed from the image."""
+    _, channels, *patch = value(node.inputs[1]).shape
+    image = node.inputs[0]
+
+    def numbers(name: str, values: Sequence[int]) -> Tensor:
+        return graph.constant(f"{node.name}/{name}", np.array(values, np.int64))
+
+    sizes = graph.add("Shape", [image], name=f"{node.name}/sides", start=2)
+    counts = graph.add("Div", [sizes, numbers("patch", patch)], name=f"{node.name}/counts")
+    if any(size % p for several, p in zip(sides, patch, strict=True) for size in several):
+        image = _cropped(graph, node, graph.add("Mul", [counts, numbers("patch", patch)], name=f"{node.name}/ends"))
+    cells = []
+    for axis, p in enumerate(patch):
+        cells += [graph.add("Gather", [counts, numbers("side", [axis])], name=f"{node.name}/count", axis=0), numbers("pixels", [p])]
+    target = graph.add("Concat", [numbers("samples", [0, channels]), *cells], name=f"{node.name}/cells", axis=0)
+    return graph.add("Reshape", [image, target], name=f"{node.name}/cut"), [0, -1]
+
+
+def _cropped(graph: Graph, node: Node, ends: Tensor) -> Tensor:
+    """The image without the pixels beyond the last whole patch."""
+    dims = value(node.inputs[1]).ndim - 2
+    starts, axes = (np.array(numbers, np.int64) for numbers in ([0] * dims, range(2, 2 + dims)))
+    window = [graph.constant(f"{node.name}/starts", starts), ends, graph.constant(f"{node.name}/axes", axes)]
+    return graph.insert("Slice", [node.inputs[0], *window], name=f"{node.name}/whole")
 
 
 def _tokens(graph: Graph, convolved: Tensor) -> Tensor:

@@ -17,7 +17,7 @@ from vitq_compiler.graph import is_constant
 from vitq_compiler.opset import decompose, raise_opset
 from vitq_compiler.pattern import MatchFailure
 from vitq_compiler.pipeline import Compilation, Pass
-from vitq_compiler.runtime import probe, probe_feed
+from vitq_compiler.runtime import probe
 
 RMS_OPSET = 23  # that brought RMSNormalization
 SHAPED = frozenset({"FusedMatMul", "Attention", "MultiHeadAttention"})  # need the shapes of their inputs
@@ -56,7 +56,7 @@ def _shapes(c: Compilation, names: list[str]) -> dict[str, tuple[int, ...]]:
     known = {name: tuple(c.graph.tensor(name).shape or ()) for name in names}
     open_names = [n for n, shape in known.items() if not shape or not isinstance(shape[-1], int)]
     if open_names:
-        values = probe(c.graph, open_names, [probe_feed(c.graph.inputs, 2)], threads=c.threads)[0]
+        values = probe(c.graph, open_names, [c.probes[0].feed(c.graph.inputs)], threads=c.threads)[0]
         known.update({name: values[name].shape for name in open_names})
         for name in open_names:
             c.graph.tensor(name).shape = _closed_sizes(known[name])

@@ -27,7 +27,8 @@ from vitq_compiler.opset import PORTABLE
 from vitq_compiler.pipeline import Compilation, Pass, Pipeline
 from vitq_compiler.recipe import Recipe, load_recipe
 from vitq_compiler.registry import load
-from vitq_compiler.runtime import probe_feed
+from vitq_compiler.runtime import run, session
+from vitq_compiler.sizes import Probe, has_batch, is_open, open_axes, probes_of, runs_with
 from vitq_compiler.target import Target
 from vitq_compiler.targets.onnxruntime import Onnxruntime
 from vitq_compiler.tensors import from_array
@@ -61,7 +62,26 @@ def run_model(model: onnx.ModelProto | Graph, feed: Feed, *, optimize: bool = Fa
 def feed_of(model: onnx.ModelProto | Graph, batch: int = 2, seed: int = 0) -> Feed:
     """Random values for every input; dynamic sizes other than the batch become 8."""
     graph = model if isinstance(model, Graph) else Graph.from_proto(model)
-    return probe_feed(graph.inputs, batch, image_size=8, seed=seed)
+    return random_feed(graph.inputs, batch, seed=seed)
+
+
+def random_feed(inputs: Sequence[InputSpec], batch: int = 2, size: int = 8, seed: int = 0) -> Feed:
+    """Random values; dynamic sizes other than the batch become ``size``."""
+    return Probe(batch, shapes_at(inputs, size)).feed(inputs, seed)
+
+
+def shapes_at(inputs: Sequence[InputSpec], size: int = 8) -> dict[str, tuple[int, ...]]:
+    """Shapes with 0 for an open batch, and ``size`` for what else is open."""
+    return {
+        spec.name: tuple((0 if has_batch(spec, axis) else size) if is_open(old) else int(old) for axis, old in enumerate(spec.shape))
+        for spec in inputs
+    }
+
+
+def probes_at(graph: Graph, size: int = 8) -> list[Probe]:
+    """What a compile runs the graph on, for data of ``size``."""
+    runs = runs_with(lambda feed: run(session(graph, threads=1, brief=True), feed), graph.inputs)
+    return probes_of(open_axes(graph.inputs), shapes_at(graph.inputs, size), {}, runs, alone=False)
 
 
 def difference(before: Sequence[Array], after: Sequence[Array]) -> float:
@@ -126,7 +146,7 @@ class Batches:
 
     def calibration(self) -> Iterator[Feed]:
         for seed in range(self.batches):
-            feed = probe_feed(self.inputs, self.batch_size, image_size=8, seed=100 + seed)
+            feed = random_feed(self.inputs, self.batch_size, seed=100 + seed)
             yield {name: array * array.dtype.type(self.spread) for name, array in feed.items()}
 
 
@@ -136,7 +156,7 @@ def compilation(graph: Graph | onnx.ModelProto, *, recipe: Recipe | None = None,
         graph = Graph.from_proto(convert_opset(graph, PORTABLE, None))  # type: ignore[arg-type]  # the path is for messages only
         graph.ir_version = (target or Onnxruntime()).ir_version
     data: Any = Batches(graph.inputs)
-    return Compilation(graph, recipe or load_recipe("w8a8"), target or Onnxruntime(), data, threads=1)
+    return Compilation(graph, recipe or load_recipe("w8a8"), target or Onnxruntime(), data, probes_at(graph), threads=1)
 
 
 def find_pass(name: str) -> type[Pass]:

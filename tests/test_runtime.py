@@ -89,18 +89,6 @@ def test_probe_reads_inner_tensors_and_leaves_the_graph_alone() -> None:
     assert graph.text() == before
 
 
-def test_probe_feed_fills_in_dynamic_sizes_and_is_seeded() -> None:
-    inputs = [InputSpec("image", np.dtype(np.float32), ("N", 3, 0, "width")), InputSpec("mask", np.dtype(np.int64), (4, 2))]
-    feed = runtime.probe_feed(inputs, 5, image_size=16)
-    assert {name: (a.dtype, a.shape) for name, a in feed.items()} == {
-        "image": (np.dtype(np.float32), (5, 3, 16, 16)),
-        "mask": (np.dtype(np.int64), (4, 2)),
-    }
-    assert set(np.unique(feed["mask"])) <= {0, 1}
-    np.testing.assert_array_equal(feed["image"], runtime.probe_feed(inputs, 5, image_size=16)["image"])
-    assert not np.array_equal(feed["image"], runtime.probe_feed(inputs, 5, image_size=16, seed=1)["image"])
-
-
 def test_operators_that_the_runtime_lacks_are_written_in_older_ones(monkeypatch: pytest.MonkeyPatch) -> None:
     """No release has RoiAlign of opset 22, and all have that of 16; RMSNormalization comes with 1.23."""
     graph = graph_of(
@@ -177,6 +165,5 @@ def test_a_picture_without_a_batch_is_one_sample_whatever_its_height() -> None:
     feed = {"x": np.zeros((48, 64, 3), np.uint8)}
     assert (runtime.sample_count([spec], feed), runtime.first_samples([spec], feed, 2) is feed) == (1, True)
     assert (spec.batched, spec.fixed_batch) == (False, None)
-    assert runtime.probe_feed([spec], 2, image_size=32)["x"].shape == (32, 32, 3), "no size is that of a batch"
     scalar = InputSpec("s", np.dtype("float32"), ())
     assert (scalar.batched, runtime.sample_count([scalar], {"s": np.float32(1)})) == (False, 1)

@@ -14,7 +14,6 @@ from vitq_compiler.catalog import load_target
 from vitq_compiler.errors import ModelError
 from vitq_compiler.graph import Graph, value
 from vitq_compiler.quant import Edge
-from vitq_compiler.runtime import probe_feed
 from vitq_compiler.torch_graph import TorchGraph
 
 torch = pytest.importorskip("torch")
@@ -143,7 +142,7 @@ def test_every_family_of_the_zoo(family: str) -> None:
     run_passes(c, f"{CATALOG_FRONT},{load_target('onnxruntime').rewrites}")
     handed_on = {c.graph.node(e.node).inputs[e.index].name for e in c.annotations.block_edges.values()}
     graph = c.graph.part([spec.name for spec in c.graph.inputs], sorted({*handed_on, *c.graph.output_names}))
-    feed = probe_feed(graph.inputs, 2, seed=0)
+    feed = feed_of(graph)
     agree(graph, feed)
     function, exact = double(graph, feed)
     weights = {Edge(linear.name, 1): torch.from_numpy(value(linear.weight)).double() for linear in c.annotations.linears}

@@ -23,11 +23,13 @@ from vitq_compiler.model_source import ModelSource, find_model
 from vitq_compiler.opening import open_model, open_samples
 from vitq_compiler.pipeline import Compilation
 from vitq_compiler.precision import HalfPrecision, narrow
+from vitq_compiler.probing import find_probes, first_run
 from vitq_compiler.progress import Progress, silent
 from vitq_compiler.provenance import Provenance
 from vitq_compiler.recipe import load_recipe
 from vitq_compiler.releases import requirement
 from vitq_compiler.report import CompileReport, DataRow, GateRow, NeedsRow, NoteRow, PassRow, Validation
+from vitq_compiler.sizes import other_sizes, sized
 from vitq_compiler.verdict import linear_rows, validate
 from vitq_compiler.verify import Dump, PairLimits, Parity, Structure, Thrift
 
@@ -124,16 +126,23 @@ def compile(
     graph, half, boundary = opened.graph, opened.half, opened.boundary
     large = file_bytes(model) > LARGE_MODEL
     # What everything is held against. Rounding to half precision would drown what the passes are checked for.
-    floating: Path | Graph = model if opened.runs_here and not half.computes else graph.snapshot()
+    floating: Path | Graph = model if opened.runs_here and not half.computes and not opened.mended else graph.snapshot()
     data = open_samples(
         graph, model, plan, calibration, samples=samples, augment=augment, batch_size=batch_size, preprocess=preprocess, seed=seed
     )
     c = Compilation(graph, plan, chosen, data, threads=threads, progress=progress, device=device, work_dir=work_dir, providers=providers)
-    c.floating = floating
     progress("reading", 1, 1)
 
     feed = _probe_batch(graph, data)
-    parity = Parity(feed, runtime.run(runtime.session(floating, threads=threads, brief=True), feed, graph.output_names), threads, large)
+    try:
+        first = first_run(floating, graph, feed, threads)
+    except ModelError as error:
+        raise ModelError(f"model {model}: {error}") from error
+    c.floating = floating = first.model
+    c.probes = find_probes(graph, feed, first.runner)
+    c.warnings += first.warnings
+    parity = Parity(feed, first.outputs, threads, large, other_sizes(c.probes, graph.inputs, first.runner))
+    del first
     dump = Dump(dump_after, lambda name, proto: write_model(proto, dumps[name]))
     provenance = Provenance()
     try:
@@ -172,11 +181,11 @@ def compile(
         validation=verdict,
         needs=needs,
         gates=gates,
-        warnings=(*source.warnings, *data.warnings, *c.warnings, *(written.warnings if written else ())),
+        warnings=(*source.warnings, *opened.mended, *data.warnings, *c.warnings, *(written.warnings if written else ())),
         nodes=provenance.rows(c),
         cpu=chosen.platform.cpu if chosen.runs_here else "",
         integer_unit=integer_unit(),
-        command=chosen.command(written.file, graph.inputs) if written else "",
+        command=chosen.command(written.file, sized(graph.inputs, c.probes[0].shapes)) if written else "",
         attention=tuple(c.prices),
         training=tuple(c.training),
         chosen=source.why,

@@ -32,6 +32,7 @@ if TYPE_CHECKING:
 
 Array = NDArray[Any]
 Feed = dict[str, Array]
+Sizer = Callable[["InputSpec"], "InputSpec"]  # fills in sizes that samples read or made here should have
 Reader = Callable[[int], Array]  # index of a sample -> its value for one model input, without the batch dimension
 
 # Hidden files are left out: unpacked archives are full of ._photo.jpg, which are no pictures.
@@ -86,6 +87,7 @@ def open_data(
     seed: int = 0,
     ids: Mapping[str, int] | None = None,
     augment: int = 0,
+    sized: Sizer = lambda spec: spec,
 ) -> Data:
     """Open calibration data.
 
@@ -103,6 +105,7 @@ def open_data(
         seed: of the choice of samples, and of built-in images.
         augment: altered copies of each picture to calibrate on too, see `augmentation`.
         ids: inputs that random integers will do for: name -> how many numbers from 0 there are to draw from; 0 gives ones.
+        sized: gives pictures and made-up samples the sizes that the model leaves open; what it leaves open too takes usual ones.
 
     Raises:
         DataError: there is nothing usable in ``source``, or it does not fit the inputs.
@@ -124,7 +127,7 @@ def open_data(
         notes.append("calibrated on random token ids: real inputs give better ranges; pass a .npz with an array for each input")
     elif source is None:
         notes.append("calibrated on built-in images: pictures like those the model will see give better ranges; pass a folder of them")
-    pool = _made_up_pool(inputs, preprocess, seed, ids or {}) if made_up else _open_pool(source, inputs, preprocess, seed)
+    pool = _made_up_pool(inputs, preprocess, sized, seed, ids or {}) if made_up else _open_pool(source, inputs, preprocess, sized, seed)
     chosen, skipped = _choose(pool, (calibrating + validating) * unit)
     if not chosen and skipped:
         tried = f"{source}: none of {len(skipped)} image files can be read ({skipped[0][0]}: {skipped[0][1]})"
@@ -138,7 +141,7 @@ def open_data(
     if validating and not kept:
         image = len(inputs) == 1 and _channel_axis(inputs[0])
         if image:
-            other, unseen = _open_pool(None, inputs, preprocess, seed), list(range(validating * unit))
+            other, unseen = _open_pool(None, inputs, preprocess, sized, seed), list(range(validating * unit))
         notes.append(f"{source} has too few samples to keep any back: validated on {'built-in images' if image else 'nothing'}")
     if samples % unit or validation_samples % unit:
         drawn = f"{len(used)} samples calibrate ({samples} asked for) and {len(unseen)} validate ({validation_samples} asked for)"
@@ -293,23 +296,24 @@ def _is_flat(sample: Feed, pictures: Mapping[str, tuple[int, int]]) -> bool:
     return all(bool((sample[name] == sample[name].max(axes, keepdims=True)).all()) for name, axes in sides.items())
 
 
-def _open_pool(source: Path | None, inputs: Sequence[InputSpec], preprocess: Preprocess, seed: int) -> _Pool:
+def _open_pool(source: Path | None, inputs: Sequence[InputSpec], preprocess: Preprocess, sized: Sizer, seed: int) -> _Pool:
     if source and not source.exists():
         raise DataError(f"{source}: there is no such file or folder; give a folder of pictures, or a .npz or .npy file")
     if source and source.suffix.lower() in (".npz", ".npy") and source.is_file():
-        return _array_pool(source, inputs, preprocess, seed)
+        return _array_pool(source, inputs, preprocess, sized, seed)
     if len(inputs) != 1 or not _channel_axis(inputs[0]):
         names = ", ".join(f"{spec.name} {_shown(spec.dtype, spec.shape)}" for spec in inputs)
         raise DataError(f"{source or 'built-in images'}: the model takes [{names}], not one image; pass a .npz with an array for each name")
+    spec = sized(inputs[0])
     if source:
-        return _folder_pool(source, inputs[0], preprocess, seed)
-    return _Pool({inputs[0].name: _image_reader(inputs[0], preprocess, seed)}, count(), str, "built-in images")
+        return _folder_pool(source, spec, preprocess, seed)
+    return _Pool({spec.name: _image_reader(spec, preprocess, seed)}, count(), str, "built-in images")
 
 
-def _made_up_pool(inputs: Sequence[InputSpec], preprocess: Preprocess, seed: int, ids: Mapping[str, int]) -> _Pool:
+def _made_up_pool(inputs: Sequence[InputSpec], preprocess: Preprocess, sized: Sizer, seed: int, ids: Mapping[str, int]) -> _Pool:
     """Built-in images and random token ids, for a model that takes nothing else."""
     readers: dict[str, Reader] = {}
-    for number, spec in enumerate(inputs):
+    for number, spec in enumerate(map(sized, inputs)):
         if spec.name in ids:
             readers[spec.name] = partial(_random_ids, spec, ids[spec.name], (seed, number))
         elif _channel_axis(spec):
@@ -353,7 +357,7 @@ def _folder_pool(source: Path, spec: InputSpec, preprocess: Preprocess, seed: in
     return _Pool({spec.name: _PictureReader(load, name, spec, preprocess)}, order, name, f"images from {source}{'/' * source.is_dir()}")
 
 
-def _array_pool(source: Path, inputs: Sequence[InputSpec], preprocess: Preprocess, seed: int) -> _Pool:
+def _array_pool(source: Path, inputs: Sequence[InputSpec], preprocess: Preprocess, sized: Sizer, seed: int) -> _Pool:
     arrays = load_arrays(source, [spec.name for spec in inputs])
     for spec in inputs:
         array = arrays[spec.name]
@@ -362,18 +366,19 @@ def _array_pool(source: Path, inputs: Sequence[InputSpec], preprocess: Preproces
     counts = {name: len(array) if array.ndim else 0 for name, array in arrays.items()}
     if len(set(counts.values())) > 1 or not all(counts.values()):
         raise DataError(f"{source}: samples by array {counts}; save as many of each, and at least one")
-    readers = {spec.name: _array_reader(f"{source}, array {spec.name!r}", spec, arrays[spec.name], preprocess) for spec in inputs}
+    readers = {spec.name: _array_reader(f"{source}, array {spec.name!r}", spec, arrays[spec.name], preprocess, sized) for spec in inputs}
     order = np.random.default_rng(seed).permutation(counts[inputs[0].name]).tolist()
     return _Pool(readers, order, str, f"samples from {source}")
 
 
-def _array_reader(where: str, spec: InputSpec, array: Array, preprocess: Preprocess) -> Reader:
+def _array_reader(where: str, spec: InputSpec, array: Array, preprocess: Preprocess, sized: Sizer) -> Reader:
     image = _channel_axis(spec)
     fits = _fits((0, *spec.shape[1:]), array.shape)
     if image and array.dtype == np.uint8 and not (fits and spec.dtype == np.uint8):
         if array.size and (array.ndim == 3 or (array.ndim == 4 and array.shape[3] in (1, 3, 4))):
             grey = array[..., 0] if array.shape[3:] == (1,) else array
-            return _PictureReader(lambda index: Image.fromarray(grey[index]), lambda index: f"{where}, sample {index}", spec, preprocess)
+            taken = sized(spec)
+            return _PictureReader(lambda index: Image.fromarray(grey[index]), lambda index: f"{where}, sample {index}", taken, preprocess)
     elif fits and array.dtype.kind in _CASTS.get(spec.dtype.kind, ""):
         return partial(read_array, where, array, spec.dtype)
     expected = _shown(spec.dtype, ("N", *spec.shape[1:])) + (" or pictures uint8 [N, H, W, 3]" if image else "")

@@ -18,12 +18,13 @@ import numpy as np
 from vitq_compiler import outliers, runtime
 from vitq_compiler.blocks.attention import OPERANDS
 from vitq_compiler.catalog import find_pass, load_target
-from vitq_compiler.errors import InvariantError, VitqError
+from vitq_compiler.errors import InvariantError, ModelError, VitqError
 from vitq_compiler.graph import Array, Node, Tensor, is_constant, producer
 from vitq_compiler.model_source import ModelSource, find_model
 from vitq_compiler.opening import open_model, open_samples, run_front
 from vitq_compiler.pipeline import Compilation, Pipeline
 from vitq_compiler.plots import Picture, Ranges
+from vitq_compiler.probing import find_probes, first_run
 from vitq_compiler.progress import Progress, silent
 from vitq_compiler.recipe import load_recipe
 from vitq_compiler.sensitivity import SensitivityRow, sensitivity
@@ -174,13 +175,18 @@ def diagnose(
     model = source.file
     plan = load_recipe(recipe).with_bits(bits).defined(definition).with_attention(attention).excluding(tuple(exclude))
     chosen = load_target(target, target_options)
-    graph = open_model(model, chosen).graph
+    opened = open_model(model, chosen)
+    graph = opened.graph
     data = open_samples(
         graph, model, plan, calibration, samples=samples, augment=augment, batch_size=batch_size, preprocess=preprocess, seed=seed
     )
-    c = Compilation(graph, plan, chosen, data, threads=threads)
-    run_front(c, model)
     feeds = list(islice(data.calibration(), BATCHES))
+    try:
+        first = first_run(graph, graph, feeds[0], threads)
+    except ModelError as error:
+        raise ModelError(f"model {model}: {error}") from error
+    c = Compilation(graph, plan, chosen, data, find_probes(graph, feeds[0], first.runner), threads=threads)
+    run_front(c, model)
     before, ranges = measure(c, feeds)
     rewrites, narrowed = [], {}
     for index, name in enumerate(REWRITES):
@@ -197,7 +203,7 @@ def diagnose(
         rewrites=tuple(rewrites),
         recommendations=tuple(recommended(before, rewrites)),
         sensitivity=sensitivity(_copy(c), progress) if with_sensitivity else (),
-        warnings=(*source.warnings, *data.warnings),
+        warnings=(*source.warnings, *opened.mended, *first.warnings, *data.warnings),
         pictures=tuple(_pictures(ranges, narrowed)),
     )
 
@@ -277,7 +283,7 @@ def _norm_before(tensor: Tensor) -> Node | None:
 
 def _copy(c: Compilation) -> Compilation:
     """The same graph for passes to edit, without tables."""
-    return Compilation(c.graph.snapshot(), c.recipe, c.target, c.data, threads=c.threads)
+    return Compilation(c.graph.snapshot(), c.recipe, c.target, c.data, c.probes, threads=c.threads)
 
 
 def _rewritten(c: Compilation, name: str, feeds: Sequence[runtime.Feed], before: tuple[TensorRow, ...]) -> tuple[RewriteRow, RangeTable]:

@@ -187,6 +187,10 @@ class Graph:
         """The tensor of that name; KeyError where there is none."""
         return self._gs.tensors()[name]
 
+    def tensors(self) -> list[Tensor]:
+        """All tensors, constants too, each once."""
+        return list(self._gs.tensors().values())
+
     def constants(self) -> list[Tensor]:
         """All initializers, each once."""
         return [t for t in self._gs.tensors().values() if isinstance(t, gs.Constant)]
@@ -358,6 +362,19 @@ def is_constant(tensor: Tensor) -> bool:
 def value(tensor: Tensor) -> Array:
     """The array of a constant."""
     return np.asarray(tensor.values)
+
+
+def constant_of(tensor: Tensor) -> Array | None:
+    """The numbers of an initializer or of a Constant node, seen through Identity; None where they are computed."""
+    while not is_constant(tensor):
+        node = producer(tensor)
+        if node is None or node.op not in ("Identity", "Constant"):
+            return None
+        if node.op == "Constant":
+            held = next(iter(node.attrs.values()))
+            return np.asarray(getattr(held, "values", held))
+        tensor = node.inputs[0]
+    return value(tensor)
 
 
 def scalar(tensor: Tensor) -> float | None:

@@ -20,7 +20,8 @@ from vitq_compiler.pipeline import Compilation
 from vitq_compiler.quant import Edge
 from vitq_compiler.recipe import load_recipe
 from vitq_compiler.report import NoteRow
-from vitq_compiler.runtime import probe, probe_feed
+from vitq_compiler.runtime import probe
+from vitq_compiler.sizes import Probe
 
 
 @dataclass(frozen=True)
@@ -193,5 +194,5 @@ def _observed(c: Compilation, tensors: Sequence[Tensor]) -> dict[str, tuple[int,
     copy = c.graph.snapshot()
     names = list(dict.fromkeys(t.name for t in tensors))
     shapes = {name: copy.insert("Shape", [copy.tensor(name)], name=f"{name}/observed").name for name in names}
-    seen = probe(copy, shapes.values(), [probe_feed(c.graph.inputs, 1)], threads=c.threads)[0]
+    seen = probe(copy, shapes.values(), [Probe(1, c.probes[0].shapes).feed(c.graph.inputs)], threads=c.threads)[0]
     return {name: tuple(int(d) for d in np.atleast_1d(seen[shape])) for name, shape in shapes.items()}

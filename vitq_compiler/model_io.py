@@ -15,6 +15,7 @@ from vitq_compiler.branches import inline_branches
 from vitq_compiler.contrib import DOMAIN, UNFUSE
 from vitq_compiler.errors import ModelError, OutputError
 from vitq_compiler.graph import LARGE, proto_bytes
+from vitq_compiler.mending import mend
 from vitq_compiler.opset import STANDARD_DOMAINS, form_of, opset_of
 from vitq_compiler.precision import HALF
 from vitq_compiler.runtime import PROTOBUF_LIMIT, first_line
@@ -32,16 +33,25 @@ MAPPED = frozenset({TensorProto.FLOAT, *HALF, TensorProto.INT64})  # types of we
 
 
 def read_model(path: Path) -> onnx.ModelProto:
+    """`read_mended` without what was wrong."""
+    return read_mended(path)[0]
+
+
+def read_mended(path: Path) -> tuple[onnx.ModelProto, list[str]]:
     """Read and check an ONNX model in float; local functions and branches that are always taken are inlined.
+
+    Returns:
+        The model, and what was wrong with it and has been put right, a sentence each; see `mending`.
 
     Raises:
         ModelError: the file is missing, not ONNX, incomplete, already quantized, of an unknown opset or operator domain, uses
             control flow, or holds weights that are not finite.
     """
     model = parse_model(path)
-    if model.functions:
-        model = inliner.inline_local_functions(model)
     try:
+        mended = mend(model)
+        if model.functions:
+            model = inliner.inline_local_functions(model)
         inline_branches(model.graph)
     except ModelError as error:
         raise ModelError(f"model {path}: {error}") from None
@@ -51,7 +61,7 @@ def read_model(path: Path) -> onnx.ModelProto:
     inputs = [i for i in model.graph.input if i.name not in weights]  # until IR version 3 every weight was an input too
     del model.graph.input[:]
     model.graph.input.extend(inputs)
-    return model
+    return model, mended
 
 
 def parse_model(path: Path) -> onnx.ModelProto:

@@ -10,15 +10,17 @@ from vitq_compiler.catalog import FRONT, find_pass
 from vitq_compiler.data import Data, open_data
 from vitq_compiler.errors import ModelError
 from vitq_compiler.graph import Graph
-from vitq_compiler.model_io import convert_opset, read_model
+from vitq_compiler.model_io import convert_opset, read_mended
 from vitq_compiler.opset import PORTABLE
 from vitq_compiler.pipeline import Compilation, Pipeline
 from vitq_compiler.precision import HalfPrecision, find_half, widen
 from vitq_compiler.preprocess import Preprocess, resolve
 from vitq_compiler.preprocess_in_graph import leave_out
+from vitq_compiler.probing import usual_probes
 from vitq_compiler.recipe import Recipe
 from vitq_compiler.releases import requirement
 from vitq_compiler.runtime import INSTALLED
+from vitq_compiler.sample_sizes import SampleSizes
 from vitq_compiler.target import Target
 from vitq_compiler.token_ids import id_limits
 
@@ -32,12 +34,14 @@ class Opened:
         half: what half precision the file has.
         boundary: the inputs and outputs that were of it, with their types; see `precision.narrow`.
         runs_here: whether the installed runtime has the operators of the file as they are there.
+        mended: what was wrong with the file and is not with the graph, a sentence each.
     """
 
     graph: Graph
     half: HalfPrecision
     boundary: dict[str, int]
     runs_here: bool
+    mended: list[str]
 
 
 def open_model(model: Path, target: Target) -> Opened:
@@ -46,13 +50,13 @@ def open_model(model: Path, target: Target) -> Opened:
     Raises:
         ModelError: it cannot be read, or not brought to opset `PORTABLE`.
     """
-    source = read_model(model)
+    source, mended = read_mended(model)
     runs_here = requirement(source).met_by(INSTALLED)
     half, boundary = find_half(source), widen(source)
     graph = Graph.from_proto(convert_opset(source, PORTABLE, model))
     graph.ir_version = target.ir_version
     graph.layouts = {picture.name: picture.layout for picture in find_pictures(graph) if picture.layout is not None}
-    return Opened(graph, half, boundary, runs_here)
+    return Opened(graph, half, boundary, runs_here, mended)
 
 
 def open_samples(
@@ -74,6 +78,7 @@ def open_samples(
     """
     count = samples or recipe.samples
     chosen, warnings = _preprocess(graph, model, preprocess)
+    sizes = SampleSizes(graph, chosen)
     data = open_data(
         calibration,
         graph.inputs,
@@ -84,9 +89,11 @@ def open_samples(
         batch_size=batch_size,
         seed=seed,
         ids=id_limits(graph),
+        sized=sizes,
     )
     if data.preprocess is not None:
         data.warnings.extend(warnings)
+    data.warnings += sizes.notes
     return data
 
 
@@ -112,6 +119,8 @@ def run_front(c: Compilation, model: Path) -> None:
     Raises:
         ModelError: no transformer is found; the message names the file.
     """
+    if not c.probes:
+        c.probes = usual_probes(c.graph, model)
     try:
         Pipeline.parse(FRONT, find_pass).run(c)
     except ModelError as error:

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from vitq_compiler.quant import Edge, QuantParams, QuantSpec
     from vitq_compiler.recipe import Recipe
     from vitq_compiler.report import AttentionRow, TrainingRow
+    from vitq_compiler.sizes import Probe
     from vitq_compiler.target import Target
 
 
@@ -63,6 +64,7 @@ class Compilation:
     recipe: Recipe
     target: Target
     data: Data
+    probes: Sequence[Probe] = ()  # what to run the graph on to see its shapes: first one of the shapes of the data
     annotations: Annotations = None  # type: ignore[assignment]  # set by annotate
     table: CalibrationTable = None  # type: ignore[assignment]  # set by calibrate
     specs: dict[Edge, QuantSpec] = field(default_factory=dict)

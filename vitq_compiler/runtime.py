@@ -189,18 +189,6 @@ def probe(graph: Graph, tensors: Iterable[str], feeds: Sequence[Feed], *, thread
     return [dict(zip(names, run(runtime, feed), strict=True)) for feed in feeds]
 
 
-def probe_feed(inputs: Sequence[InputSpec], batch: int, image_size: int = 224, seed: int = 0) -> Feed:
-    """Seeded random values of the right types and shapes; dynamic sizes become ``batch`` (axis of samples) and ``image_size``."""
-    random = np.random.default_rng(seed)
-    feed: Feed = {}
-    for spec in inputs:
-        sizes = [batch if i == 0 and spec.batched else image_size for i in range(len(spec.shape))]
-        shape = [d if isinstance(d, int) and d > 0 else size for d, size in zip(spec.shape, sizes, strict=True)]
-        values = random.standard_normal(shape) if spec.dtype.kind == "f" else random.integers(0, 2, shape)
-        feed[spec.name] = values.astype(spec.dtype)
-    return feed
-
-
 def sample_count(inputs: Sequence[InputSpec], feed: Feed) -> int:
     """How many samples a batch holds: one where no input has a batch axis."""
     return next((len(feed[spec.name]) for spec in inputs if spec.batched), 1)

@@ -31,6 +31,7 @@ class Parity:
     Attributes:
         feed: the probe batch.
         reference: outputs on it that count, in the order of the graph's: those of the original model, until a pass changes them.
+        others: batches of other sizes, which the model leaves open, and the outputs on each.
         thrifty: whether memory counts for more than time.
         blocks: what each block gives on the probe batch before all but exact rewrites, with the edge that carries it; see `validation`.
     """
@@ -39,6 +40,7 @@ class Parity:
     reference: Sequence[Array]
     threads: int = 0
     thrifty: bool = False
+    others: Sequence[tuple[Feed, Sequence[Array]]] = ()
     blocks: dict[str, tuple[Edge, Array]] = field(default_factory=dict)
     _pending: list[tuple[str, Graph]] = field(default_factory=list)
     _changed: bool = False
@@ -46,7 +48,9 @@ class Parity:
     def before(self, p: Pass, c: Compilation) -> None:
         """Check what has been done before a pass changes the float outputs, and keep what the blocks give."""
         if p.exact and self._changed:
-            self.reference, self._changed = run(session(c.graph, threads=self.threads, brief=True), self.feed), False
+            runner = session(c.graph, threads=self.threads, brief=True)
+            self.reference, self.others = run(runner, self.feed), [(feed, run(runner, feed)) for feed, _ in self.others]
+            self._changed = False
         if p.edits and not p.exact:
             self.check()
             if not self.blocks:
@@ -75,12 +79,15 @@ class Parity:
                 raise InvariantError(f"pass {name} changed the float outputs ({fault}); leave it out with --passes")
 
     def _fault(self, graph: Graph) -> str | None:
+        worst = 0.0
         try:
-            outputs = run(session(graph, threads=self.threads, brief=True), self.feed)
+            runner = session(graph, threads=self.threads, brief=True)
+            for feed, reference in ((self.feed, self.reference), *self.others):
+                outputs = run(runner, feed)
+                errors = [max_relative_error(a, b) for a, b in zip(reference, outputs, strict=True) if a.dtype.kind == "f"]
+                worst = max(worst, *errors) if errors else worst
         except TargetError as error:
             return str(error)
-        errors = [max_relative_error(a, b) for a, b in zip(self.reference, outputs, strict=True) if a.dtype.kind == "f"]
-        worst = max(errors, default=0.0)
         return f"largest difference {worst:.1e} of the largest output, allowed {TOLERANCE:.0e}" if worst > TOLERANCE else None
 
 

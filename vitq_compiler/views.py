@@ -18,7 +18,7 @@ from vitq_compiler.pattern import MatchFailure
 T = TypeVar("T", np.int64, np.bool_)
 
 BATCH = 2  # stands for a dynamic first axis while tracing
-TOKENS = 3  # stands for another dynamic axis, which is then that of the tokens
+OTHERS = (3, 5, 7)  # stand for other dynamic axes, as those of the tokens, or of height and width
 VIEWS = frozenset({"Reshape", "Transpose", "Squeeze", "Unsqueeze", "Flatten", "Slice", "Split", "Gather", "Identity"})
 
 
@@ -67,21 +67,20 @@ def trace(tensor: Tensor, rows: int = BATCH) -> View:
 
 
 def static_shape(tensor: Tensor, rows: int = BATCH) -> tuple[int, ...]:
-    """The shape with ``rows`` for a dynamic first axis, and `TOKENS` for dynamic tokens.
+    """The shape with ``rows`` for a dynamic first axis, and one of `OTHERS` for each other dynamic size.
 
     Raises:
-        MatchFailure: another size is unknown.
+        MatchFailure: several sizes are unknown, and have no names to tell them apart.
     """
     if tensor.shape is None:
         raise MatchFailure(f"the shape of {tensor.name} is unknown", tensor.name)
     sizes = [d if isinstance(d, int) and d > 0 else None for d in tensor.shape]
     if sizes and sizes[0] is None:
         sizes[0] = rows
-    if sizes.count(None) == 1:
-        sizes[sizes.index(None)] = TOKENS
-    if None in sizes:
+    names = list(dict.fromkeys(tensor.shape[axis] or None for axis, size in enumerate(sizes) if size is None))
+    if len(names) > len(OTHERS) or (None in names and sizes.count(None) > 1):
         raise MatchFailure(f"the shape {list(tensor.shape)} of {tensor.name} is not static apart from the batch and one axis", tensor.name)
-    return tuple(d for d in sizes if d is not None)
+    return tuple(OTHERS[names.index(tensor.shape[axis] or None)] if size is None else size for axis, size in enumerate(sizes))
 
 
 def moved(node: Node, result: Tensor, x: NDArray[T]) -> NDArray[T]:

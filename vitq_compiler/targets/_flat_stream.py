@@ -12,6 +12,7 @@ from __future__ import annotations
 import numpy as np
 
 from vitq_compiler.graph import Graph, Node, Tensor, is_constant, producer, value
+from vitq_compiler.targets._leading import leading_of, leading_sizes, with_features
 
 ROWWISE = frozenset({"Gelu", "Relu", "Sigmoid", "LayerNormalization", "Add", "Sum", "Mul", "MatMul", "Div", "Erf", "Tanh"})
 
@@ -21,7 +22,7 @@ def flatten_stream(graph: Graph) -> int:
     rows: dict[int, Tensor] = {}  # id of a tensor [..., C] -> the same numbers as [-1, C]
     changes = 0
     for node in list(graph.clean().nodes):
-        if node.op == "Reshape" and is_constant(node.inputs[1]):
+        if node.op == "Reshape":
             _meet(graph, node, rows)
         elif node.op in ROWWISE and _is_rowwise(node, rows):
             _move(graph, node, rows)
@@ -31,22 +32,30 @@ def flatten_stream(graph: Graph) -> int:
 
 
 def merge_reshapes(graph: Graph) -> int:
-    """One Reshape where two follow each other, unless the second copies a size from the first."""
+    """One Reshape where two follow each other; sizes that the second copies are those that the first was given."""
     changes = 0
     for node in graph.find("Reshape"):
         first = producer(node.inputs[0])
-        if first is not None and first.op == "Reshape" and is_constant(node.inputs[1]) and (value(node.inputs[1]) != 0).all():
-            node.inputs[0] = first.inputs[0]
-            changes += 1
+        if first is None or first.op != "Reshape" or not is_constant(node.inputs[1]):
+            continue
+        sizes = value(node.inputs[1]).tolist()
+        if 0 in sizes:
+            leading, copied = leading_of(first.inputs[1]), len(first.outputs[0].shape or ()) - 1
+            if leading is None or copied < 1 or any(sizes[:copied]) or 0 in sizes[copied:]:
+                continue
+            node.inputs[1] = with_features(graph, leading, *sizes[copied:])
+        node.inputs[0] = first.inputs[0]
+        changes += 1
     graph.clean()
     return changes
 
 
 def _meet(graph: Graph, node: Node, rows: dict[int, Tensor]) -> None:
     source, result = node.inputs[0], node.outputs[0]
-    target = [int(d) for d in value(node.inputs[1])]
-    shape = list(source.shape or [])
-    if len(shape) == 2 and len(target) > 2 and target[-1] == shape[-1]:
+    shape, target = list(source.shape or []), list(result.shape or [])
+    if is_constant(node.inputs[1]):
+        target = [int(d) for d in value(node.inputs[1])]
+    if len(shape) == 2 and len(target) > 2 and isinstance(shape[-1], int) and target[-1] == shape[-1]:
         rows[id(result)] = source
     elif len(target) == 2 and target[0] == -1 and id(source) in rows and target[1] == shape[-1]:
         graph.replace(result, rows[id(source)])
@@ -55,7 +64,7 @@ def _meet(graph: Graph, node: Node, rows: dict[int, Tensor]) -> None:
 def _is_rowwise(node: Node, rows: dict[int, Tensor]) -> bool:
     shape = list(node.outputs[0].shape or [])
     activations = [t for t in node.inputs if not is_constant(t)]
-    if len(node.outputs) > 1 or len(shape) < 3 or not all(isinstance(d, int) for d in shape[1:]):
+    if len(node.outputs) > 1 or len(shape) < 3 or not isinstance(shape[-1], int) or not all(shape[1:]):
         return False
     if not any(id(t) in rows for t in activations):
         return False
@@ -69,7 +78,7 @@ def _is_rowwise(node: Node, rows: dict[int, Tensor]) -> bool:
 
 
 def _aligned(shape: list[int | str | None], other: list[int | str | None]) -> bool:
-    """Whether nothing is broadcast between the two; a dynamic first axis is the batch whatever its name."""
+    """Whether nothing is broadcast between the two; a dynamic first axis is the batch whatever its name, others go by theirs."""
     batches = [d if isinstance(d, int) else None for d in (*shape[:1], *other[:1])]
     return shape[1:] == other[1:] and len(set(batches)) == 1
 
@@ -77,6 +86,7 @@ def _aligned(shape: list[int | str | None], other: list[int | str | None]) -> bo
 def _move(graph: Graph, node: Node, rows: dict[int, Tensor]) -> None:
     result = node.outputs[0]
     shape = list(result.shape)
+    tokens = next(t for t in node.inputs if not is_constant(t))
     for index, tensor in enumerate(node.inputs):
         if not is_constant(tensor):
             if id(tensor) not in rows:
@@ -84,7 +94,10 @@ def _move(graph: Graph, node: Node, rows: dict[int, Tensor]) -> None:
                 rows[id(tensor)] = graph.insert("Reshape", [tensor, matrix], name=f"{tensor.name}/rows", like=tensor)
                 rows[id(tensor)].shape = [None, tensor.shape[-1]]
             node.inputs[index] = rows[id(tensor)]
-    target = graph.constant(f"{node.name}/tokens", np.array([-1, *shape[1:]], np.int64))
+    if all(isinstance(size, int) for size in shape[1:]):
+        target = graph.constant(f"{node.name}/tokens", np.array([-1, *shape[1:]], np.int64))
+    else:
+        target = with_features(graph, leading_sizes(graph, tokens), shape[-1])
     tokens = graph.insert("Reshape", [result, target], name=f"{node.name}/tokens", like=result)
     graph.replace(result, tokens)
     result.shape = [None, shape[-1]]

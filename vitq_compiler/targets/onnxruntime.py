@@ -18,7 +18,7 @@ from onnx import TensorProto
 
 from vitq_compiler.blocks.linear import Linear
 from vitq_compiler.errors import RecipeError
-from vitq_compiler.graph import Array, Graph, Node, Tensor, producer, readers, value
+from vitq_compiler.graph import Array, Graph, Node, Tensor, producer, value
 from vitq_compiler.lint.onnxruntime import RULES
 from vitq_compiler.lint.rule import Platform, Rule
 from vitq_compiler.opset import PORTABLE, lower_opset, lowest_opset, oldest_opset, stuck_nodes
@@ -29,6 +29,7 @@ from vitq_compiler.runtime import INSTALLED
 from vitq_compiler.target import Target
 from vitq_compiler.targets._codes import clip_codes
 from vitq_compiler.targets._flat_stream import flatten_stream, merge_reshapes
+from vitq_compiler.targets._leading import leading_sizes, merge_shapes, with_features
 
 if TYPE_CHECKING:
     from vitq_compiler.pipeline import Compilation
@@ -139,6 +140,7 @@ class Onnxruntime(Target):
             else:
                 changes += 1
         changes += clip_codes(c.graph) + _keep_apart(c.graph) + flatten_stream(c.graph) + merge_reshapes(c.graph)
+        changes += merge_shapes(c.graph)
         return changes + _shield_quantizers(c.graph)
 
 
@@ -198,11 +200,7 @@ def _to_gemm(graph: Graph, linear: Linear, activation: QuantParams, weight: Quan
 def _open_shape(graph: Graph, linear: Linear, dequantize: Node) -> Tensor:
     """The shape of the output, its tokens known only when it runs: that of the input but for the features."""
     matrix = producer(dequantize.inputs[0]).inputs[0].inputs[0]  # type: ignore[union-attr]  # the Reshape of _flatten
-    source = matrix.inputs[0]
-    shape = next((n for n in readers(source) if n.op == "Shape" and n.attrs.get("end") == -1), None)
-    leading = shape.outputs[0] if shape is not None else graph.add("Shape", [source], name=f"{source.name}/leading", start=0, end=-1)
-    features = graph.constant(f"{linear.name}/features", np.array([linear.output.shape[-1]], np.int64))
-    return graph.add("Concat", [leading, features], name=f"{linear.name}/unflatten/shape", axis=0)
+    return with_features(graph, leading_sizes(graph, matrix.inputs[0]), linear.output.shape[-1])
 
 
 def _flatten(graph: Graph, dequantize: Node, features: int, flat: dict[str, Tensor]) -> Tensor:
