@@ -37,10 +37,8 @@ def fold_static(graph: Graph, probes: Sequence[Probe], threads: int, note: Calla
     if groups := open_axes(graph.inputs):
         note(_told(groups, probes))
     reshapes = graph.find("Reshape")
-    shaped = [n.outputs[0] for n in reshapes]
-    if groups:
-        ends = [t for n in graph.nodes if id(n) not in static or n.op == "Reshape" for t in (*n.inputs, *n.outputs)]
-        shaped = [t for t in ends if t.name and not is_constant(t)]
+    shown = [n for n in graph.nodes if n.op == "Reshape" or (groups and id(n) not in static)]
+    shaped = [t for n in shown for t in (*n.inputs, *n.outputs) if t.name and not is_constant(t)]
     try:
         seen = observe(graph, probes, frontier, shaped, threads)
     except TargetError as error:
@@ -49,8 +47,7 @@ def fold_static(graph: Graph, probes: Sequence[Probe], threads: int, note: Calla
     changes = sum(_fold_reshape(graph, node, seen) for node in reshapes)
     symbols = _Makers(graph, Symbols(graph, seen))
     changes += sum(_fold_tensor(graph, tensor, seen, symbols) for tensor in frontier)
-    if groups:
-        changes += sum(_fold_chain(graph, node, seen) + _drop_unchanged(graph, node, seen) for node in reversed(graph.clean().nodes))
+    changes += sum(_fold_chain(graph, node, seen) + _drop_unchanged(graph, node, seen) for node in reversed(graph.clean().nodes))
     return changes, seen if groups else None
 
 

@@ -7,8 +7,8 @@ and of its queries unread; so does every selection of tokens by Gather or Slice.
 
 Statistics stay those of all tokens: calibrate first, for a class token alone gives one row an image, too few for a range.
 
-Precondition: everything that reads f(x) selects the same tokens. A Linear whose input others read too keeps it, so that
-one quantizer and one LayerNormalization serve them all.
+Precondition: everything that reads f(x) selects the same tokens, and a single one where it is open how many there are. A Linear
+whose input others read too keeps it, so that one quantizer and one LayerNormalization serve them all.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ class SelectTokensEarly(Pass):
 def _move(graph: Graph, node: Node, linears: dict[int, Linear], paths: dict[int, list[Node]]) -> int:
     """Select the inputs of ``node`` instead of its output, if that can be; returns 1 if so."""
     result = node.outputs[0] if len(node.outputs) == 1 else None
-    if result is None or len(result.shape or ()) != 3 or not isinstance(result.shape[1], int):
+    if result is None or len(result.shape or ()) != 3 or not result.shape[1]:
         return 0
     tokens = _selected(graph, result)
     if tokens is None or len(tokens) == result.shape[1]:
@@ -86,8 +86,12 @@ def _selected(graph: Graph, tensor: Tensor) -> Tokens | None:
 def _tokens(reader: Node, tensor: Tensor) -> Tokens | None:
     if reader.inputs[0] is not tensor or not all(is_constant(t) for t in reader.inputs[1:]):
         return None
-    numbers = np.arange(tensor.shape[1])
     arguments = [value(t) for t in reader.inputs[1:]]
+    if not isinstance(tensor.shape[1], int):  # how many there are is open
+        one = reader.op == "Gather" and reader.attrs.get("axis", 0) == 1 and arguments[0].size == 1
+        first = reader.op == "Slice" and [int(a[0]) for a in arguments if a.size == 1] in ([0, 1, 1], [0, 1, 1, 1])
+        return (int(arguments[0].reshape(-1)[0]),) if (one and arguments[0].ndim <= 1) or first else None
+    numbers = np.arange(tensor.shape[1])
     if reader.op == "Gather" and reader.attrs.get("axis", 0) == 1 and arguments[0].ndim <= 1:
         return tuple(numbers[arguments[0]].reshape(-1).tolist())
     if reader.op == "Slice" and len(arguments) >= 3 and arguments[2].tolist() == [1]:
