@@ -13,6 +13,7 @@ the range of float32. A scale is rounded up to a half, and the codes of a weight
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,13 +26,14 @@ from onnx import TensorProto
 from vitq_compiler.errors import TargetError
 from vitq_compiler.graph import Array, Graph, Node, Tensor, is_constant, scalar, value
 from vitq_compiler.pipeline import Compilation, Fact, Pass
-from vitq_compiler.runtime import Feed, rounds_half, run, session
+from vitq_compiler.runtime import Feed, limited, rounds_half, run, session
 from vitq_compiler.views import VIEWS
 
 TYPES: dict[str, tuple[np.dtype[Any], int]] = {
     "fp16": (np.dtype(np.float16), TensorProto.FLOAT16),
     "bf16": (np.dtype(bfloat16), TensorProto.BFLOAT16),
 }
+SAMPLES = 8  # on which the largest values are looked up
 LARGEST = float(np.finfo(np.float16).max)
 SINGLE = np.dtype(np.float32)
 SMALLEST = 2.0**-14  # normal half
@@ -88,7 +90,7 @@ class NarrowFloats(Pass):
     def _wide(self, c: Compilation) -> dict[str, str]:
         """The nodes that must stay in float32, with the reason, which is noted too."""
         found: dict[str, str] = {}
-        reach = {} if self.to == "bf16" else largest_values(c.graph, next(iter(c.data.calibration())), c.threads)
+        reach = {} if self.to == "bf16" else largest_values(c.graph, limited(c.graph.inputs, c.data.calibration(), SAMPLES), c.threads)
         met = {n.name: max((reach[t.name] for t in (*n.inputs, *n.outputs) if t.name in reach), default=0.0) for n in c.graph.nodes}
         large = [name for name, largest in met.items() if largest > LARGEST / self.headroom]
         for node in c.graph.nodes:
@@ -110,7 +112,7 @@ class NarrowFloats(Pass):
         return found
 
 
-def largest_values(graph: Graph, feed: Feed, threads: int) -> dict[str, float]:
+def largest_values(graph: Graph, feeds: Iterable[Feed], threads: int) -> dict[str, float]:
     """The largest magnitude of every float32 tensor that is computed, by tensor name."""
     copy = graph.snapshot()
     names, largest = [], []
@@ -123,7 +125,8 @@ def largest_values(graph: Graph, feed: Feed, threads: int) -> dict[str, float]:
                 names.append(tensor.name)
                 largest.append(result)
     copy.set_outputs(largest)
-    return dict(zip(names, (float(x) for x in run(session(copy, threads=threads, brief=True), feed)), strict=True))
+    runtime = session(copy, threads=threads, brief=True)
+    return dict(zip(names, np.max([run(runtime, feed) for feed in feeds], axis=0).tolist(), strict=True))
 
 
 def _has_half(node: Node, opset: int, to: str) -> bool:

@@ -52,6 +52,21 @@ def test_inputs_are_those_of_the_whole_graph(dialect: str, on_disk: bool, tmp_pa
     assert work_dir is None or list(work_dir.iterdir()) == []
 
 
+@pytest.mark.parametrize("sizes", [(10,), (4, 4, 2), (3, 7), (1,) * 10, (8, 2)])
+def test_parts_do_not_depend_on_batches(sizes: tuple[int, ...]) -> None:
+    c = prepared(depth=1)
+    every = np.random.default_rng(0).standard_normal((10, 3, 8, 8)).astype(np.float32)
+    feeds = [{"image": part} for part in np.split(every, np.cumsum(sizes)[:-1])]
+    name = c.annotations.linears[0].input.name
+    expected = runtime.probe(c.graph, [name], [{"image": every}], threads=1)[0][name]
+    _, inputs = next(walk(c.graph, stages(c.graph, c.annotations.linears), feeds, lambda s: whole(c.graph, s), threads=1))
+    parts = [x.reshape(-1, x.shape[-1]) for x, _ in inputs.parts(name, 8)]
+    rows = expected.reshape(-1, expected.shape[-1])
+    assert [len(part) for part in parts] == [8 * len(rows) // 10, 2 * len(rows) // 10]
+    np.testing.assert_allclose(np.concatenate(parts), rows, rtol=1e-5, atol=1e-6)
+    assert (inputs.count, inputs.samples) == (len(sizes), sizes)
+
+
 def whole(graph: Graph, stage: Stage) -> Graph:
     return graph.part(stage.sources, stage.results)
 

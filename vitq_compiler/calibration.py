@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
-from itertools import islice
 from typing import Any
 
 import numpy as np
@@ -14,9 +13,10 @@ from onnx import TensorProto
 from vitq_compiler.errors import ModelError
 from vitq_compiler.graph import Graph, Tensor
 from vitq_compiler.progress import Progress, silent
-from vitq_compiler.runtime import Feed, run, sample_count, session
+from vitq_compiler.runtime import Feed, limited, run, sample_count, session
 
 Vector = NDArray[np.floating[Any]]
+FEW = 8  # samples of a glance
 
 
 @dataclass(frozen=True)
@@ -145,6 +145,6 @@ def _reduce(graph: Graph, tensor: Tensor, axes: list[int]) -> list[Tensor]:
 
 
 def glance(graph: Graph, names: Iterable[str], batches: Iterable[Feed], *, threads: int) -> dict[str, ChannelStatistics]:
-    """Statistics of tensors with channels last on the first batch alone: enough to choose a rewrite that is exact whatever it is."""
+    """Statistics of tensors with channels last on a few samples alone: enough to choose a rewrite that is exact whatever it is."""
     axes = dict.fromkeys(names, (-1,))
-    return collect(graph, axes, islice(batches, 1), 0, threads=threads, progress=silent).statistics if axes else {}
+    return collect(graph, axes, limited(graph.inputs, batches, FEW), 0, threads=threads, progress=silent).statistics if axes else {}

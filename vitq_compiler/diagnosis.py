@@ -1,6 +1,6 @@
 """What makes a model hard to quantize, which exact rewrite cures it, and where the error of a recipe comes from.
 
-The float graph is run on a few calibration batches before and after each rewrite. Limits are those above which published
+The float graph is run on a few calibration samples before and after each rewrite. Limits are those above which published
 methods see a reason to act; they are rules of thumb and judge nothing: a compile measures.
 """
 
@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +30,7 @@ from vitq_compiler.sensitivity import SensitivityRow, sensitivity
 from vitq_compiler.verify import Parity
 from vitq_compiler.views import VIEWS
 
-BATCHES = 2  # looked at
+SAMPLES = 16  # looked at
 KURTOSIS, PEAK = 50.0, 30.0  # above: rotate
 SPREAD = 10.0  # above: equalize channels
 OFFSET = 1.0  # above: centre
@@ -180,7 +179,7 @@ def diagnose(
     data = open_samples(
         graph, model, plan, calibration, samples=samples, augment=augment, batch_size=batch_size, preprocess=preprocess, seed=seed
     )
-    feeds = list(islice(data.calibration(), BATCHES))
+    feeds = list(runtime.limited(graph.inputs, data.calibration(), SAMPLES))
     try:
         first = first_run(graph, graph, feeds[0], threads)
     except ModelError as error:

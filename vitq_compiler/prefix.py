@@ -10,7 +10,7 @@ passes however deep the network. Only tensors that a later stage reads are kept,
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,7 +19,7 @@ import numpy as np
 
 from vitq_compiler.blocks.linear import Linear
 from vitq_compiler.graph import Array, Graph, is_constant, producer
-from vitq_compiler.runtime import Feed, run, session
+from vitq_compiler.runtime import Feed, run, sample_count, session
 
 
 @dataclass(frozen=True)
@@ -122,11 +122,16 @@ class Store:
 
 @dataclass(frozen=True)
 class Inputs:
-    """What a stage is about to read, in the float graph and in the quantized one, as ``count`` batches."""
+    """What a stage is about to read, in the float graph and in the quantized one, batch by batch; ``samples`` is how many each holds."""
 
     floating: Store
     quantized: Store
-    count: int
+    samples: tuple[int, ...]
+
+    @property
+    def count(self) -> int:
+        """The number of batches."""
+        return len(self.samples)
 
     def batch(self, name: str, number: int) -> tuple[Array, Array]:
         """One batch of a tensor of the stage's sources: (float, quantized)."""
@@ -135,6 +140,27 @@ class Inputs:
     def pairs(self, name: str) -> Iterator[tuple[Array, Array]]:
         """All batches of a tensor."""
         return (self.batch(name, number) for number in range(self.count))
+
+    def parts(self, name: str, size: int) -> Iterator[tuple[Array, Array]]:
+        """All samples of a tensor, ``size`` at a time whatever the batches; whole batches where the first axis does not count samples."""
+        waiting: list[tuple[Array, Array]] = []
+        for (x, other), count in zip(self.pairs(name), self.samples, strict=True):
+            if len(x) % count or (count == size and not waiting):
+                yield x, other
+                continue
+            for one in zip(np.split(x, count), np.split(other, count), strict=True):
+                waiting.append(one)
+                if len(waiting) == size:
+                    yield _joined(waiting)
+                    waiting = []
+        if waiting:
+            yield _joined(waiting)
+
+
+def _joined(pairs: Sequence[tuple[Array, Array]]) -> tuple[Array, Array]:
+    """The rows of some samples, [rows, channels]; their numbers of tokens may differ."""
+    x, other = (np.concatenate([part.reshape(-1, part.shape[-1]) for part in parts]) for parts in zip(*pairs, strict=True))
+    return x, other
 
 
 def walk(
@@ -169,15 +195,16 @@ def walk(
                 work_dir.mkdir(parents=True, exist_ok=True)
                 folder = Path(stack.enter_context(tempfile.TemporaryDirectory(dir=work_dir)))
             stores.append(Store(folder))
-        count = 0
+        samples: list[int] = []
         for feed in batches:
             for name, array in feed.items():
                 for store in stores:
-                    store.put(name, count, array)
-            count += 1
+                    store.put(name, len(samples), array)
+            samples.append(sample_count(floating.inputs, feed))
+        count = len(samples)
         for index, stage in enumerate(cut):
             if stage.linears:
-                yield stage, Inputs(stores[0], stores[1], count)
+                yield stage, Inputs(stores[0], stores[1], tuple(samples))
             for store, graph in zip(stores, (floating.part(stage.sources, stage.results), quantized(stage)), strict=True):
                 if stage.results and index + 1 < len(cut):
                     runtime = session(graph, threads=threads)

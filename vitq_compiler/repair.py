@@ -31,6 +31,7 @@ class Target:
     bias: Matrix
 
 
+PART = 8  # samples whose moments are summed together, in whatever batches they were run
 Repair = Callable[[Linear, Target, Moments], None]
 
 
@@ -85,7 +86,7 @@ def sweep(c: Compilation, repair: Repair, label: str, *, samples: int = 0, halve
 
     The moments are of the inputs in the float graph and of the quantized inputs behind all repaired layers before. q, k and v,
     which read the same tensor, share them. They are of the first ``samples`` samples, or of all where it is 0; with ``halves`` they
-    have those of every other batch too.
+    have those of every other `PART` too.
     """
     floating, wanted, linears = reference(c), targets(c), repairable(c)
     cut = stages(c.graph, linears)
@@ -112,5 +113,5 @@ def sweep(c: Compilation, repair: Repair, label: str, *, samples: int = 0, halve
 
 def _rounded(c: Compilation, linear: Linear, inputs: Inputs) -> Iterator[tuple[NDArray[np.float32], NDArray[np.float32]]]:
     params = c.params.get(Edge(linear.name, 0))
-    for x, other in inputs.pairs(linear.input.name):
+    for x, other in inputs.parts(linear.input.name, PART):
         yield x, other if params is None else fake_quantize(other, params)

@@ -124,12 +124,15 @@ def test_one_picture_of_floats_at_a_time(tmp_path: Path, monkeypatch: pytest.Mon
         assert run(model, "-q", *words.split(), "--calibration", tmp_path / "pictures.npy").exit_code == 0
 
 
-@pytest.mark.parametrize("recipe", ["w8a8", "repq-vit", "adalog"])
-def test_the_file_does_not_depend_on_how_samples_are_divided_into_batches(tmp_path: Path, recipe: str) -> None:
+RECIPES = [*((name, "onnxruntime") for name in ("w8a8", "repq-vit", "adalog", "best")), ("w8a8", "tensorrt")]
+
+
+@pytest.mark.parametrize(("recipe", "target"), RECIPES)
+def test_the_file_does_not_depend_on_how_samples_are_divided_into_batches(tmp_path: Path, recipe: str, target: str) -> None:
     model = behind(tmp_path / "vit.onnx", normalized, ["batch", 3, 16, 16])
     files = []
     for size in (10, 5, 4, 3):  # of 10 samples: equal batches, and unequal ones
-        compile(model, tmp_path / f"{size}.onnx", samples=10, batch_size=size, recipe=recipe, threads=1)
+        compile(model, tmp_path / f"{size}.onnx", samples=10, batch_size=size, recipe=recipe, target=target, threads=1)
         files.append((tmp_path / f"{size}.onnx").read_bytes())
     assert len(set(files)) == 1
 

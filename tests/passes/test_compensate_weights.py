@@ -72,16 +72,16 @@ def test_negative_numbers_are_refused(option: str) -> None:
 
 
 def test_samples_are_the_first_of_them() -> None:
-    """Whole batches: 8 of 48 samples are one batch, and so are 5."""
+    """8 of 48 samples are the first batch, 5 a part of it."""
     found = []
-    for count, samples in ((1, 0), (6, 8), (6, 5), (6, 0)):
+    for count, size, samples in ((1, 8, 0), (6, 8, 8), (1, 5, 0), (6, 8, 5), (6, 8, 0)):
         c = prepared()
-        c.data = Batches(c.graph.inputs, batches=count, batch_size=8)
+        c.data = Batches(c.graph.inputs, batches=count, batch_size=size)
         find_pass("compensate-weights")(samples=samples).run(c)
         found.append(np.concatenate([value(linear.weight).reshape(-1) for linear in c.annotations.linears]))
     np.testing.assert_array_equal(found[1], found[0])
-    np.testing.assert_array_equal(found[2], found[0])
-    assert not np.array_equal(found[3], found[0])
+    np.testing.assert_array_equal(found[3], found[2])
+    assert not np.array_equal(found[4], found[0])
 
 
 @pytest.mark.parametrize("rows", [20, 2000])
