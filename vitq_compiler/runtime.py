@@ -95,13 +95,13 @@ def session(
 def _loaded(model: onnx.ModelProto, options: ort.SessionOptions, providers: Sequence[str]) -> ort.InferenceSession:
     """The session of a ModelProto, through a file where it is too large for a message."""
     unfit = [QDQ_FUSION] if any(t.data_type in FLOAT8 for t in model.graph.initializer) else []
-    given = {"sess_options": options, "providers": list(providers), "disabled_optimizers": unfit}
+    given = {"providers": list(providers), "disabled_optimizers": unfit}
     if proto_bytes(model) < PROTOBUF_LIMIT:
-        return ort.InferenceSession(model.SerializeToString(), **given)
+        return ort.InferenceSession(model.SerializeToString(), options, **given)
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "model.onnx"
         onnx.save(model, path, save_as_external_data=True)
-        return ort.InferenceSession(str(path), **given)
+        return ort.InferenceSession(str(path), options, **given)
 
 
 def _runnable(graph: Graph) -> tuple[onnx.ModelProto, dict[str, Array]]:
