@@ -44,7 +44,10 @@ NEEDS = {
     "equal parts": ("y, b = Split <num_outputs = 2, axis = 2> (x)", 13),
     "unequal parts": ("y, b, c = Split <num_outputs = 3, axis = 2> (x)", 18),
     "a plane": ("y = GridSample(x, grid)", 16),
-    "a branch": ("y = If (truth) <then_branch = t () => (float[2, 1, 4, 4] a) { a = Gelu(x) }, else_branch = e () => (float[2, 1, 4, 4] b) { b = Relu(x) }>", 20),
+    "a branch": (
+        "y = If (truth) <then_branch = t () => (float[2, 1, 4, 4] a) { a = Gelu(x) }, else_branch = e () => (float[2, 1, 4, 4] b) { b = Relu(x) }>",
+        20,
+    ),
     "axes in a branch": (
         "y = If (truth) <then_branch = t () => (float[2, 1, 4, 4] a) { m = ReduceMean(x, axes) a = Sub(x, m) }, else_branch = e () => (float[2, 1, 4, 4] b) { b = Relu(x) }>",
         18,

@@ -84,7 +84,13 @@ def model_with(body: str) -> onnx.ModelProto:
     model = parser.parse_model(text)
     model.graph.output[0].type.tensor_type.ClearField("shape")
     weights = {n: a.astype(np.float32) for n, a in WEIGHTS.items()} | INTEGERS
-    weights |= {"four": np.array([2, 1, 5, 8]), "eight": np.array([2, 2, 5, 4]), "one": np.array([2, 1, 5, 4]), "zero": np.array(-0.5, np.float32), "w3": np.ones((2, 3, 8), np.float32)}
+    weights |= {
+        "four": np.array([2, 1, 5, 8]),
+        "eight": np.array([2, 2, 5, 4]),
+        "one": np.array([2, 1, 5, 4]),
+        "zero": np.array(-0.5, np.float32),
+        "w3": np.ones((2, 3, 8), np.float32),
+    }
     weights |= {"bias4": np.repeat(weights["bias"], 2, axis=1), "flat": np.array([-1, 8]), "tokens": np.array([-1, 5, 8])}
     model.graph.initializer.extend(numpy_helper.from_array(a, n) for n, a in weights.items())
     return model

@@ -14,7 +14,6 @@ from tests.builders import (
     compilation,
     difference,
     feed_of,
-    ops,
     run_model,
     run_passes,
     vit,
