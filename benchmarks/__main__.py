@@ -2,6 +2,7 @@
 
     python -m benchmarks latency        how fast the integer graph is: paired, in one process, against the float graph and
                                         what onnxruntime.quantization makes of it
+    python -m benchmarks runtimes       which releases of onnxruntime load the integer graph, and how fast it is in each
     python -m benchmarks accuracy       how much of a trained model's accuracy is left, on labelled test images
     python -m benchmarks cpus           which CPUs an integer graph is right on, beside other tools' graphs, and what that costs
     python -m benchmarks tensorrt       what NVIDIA's compiler makes of graphs for it: fused attention, integer products, kernels
@@ -27,11 +28,27 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from benchmarks import accuracy, compile_time, cpus, halves, large, latency, lint, parity, repair, rewrites, tensorrt, training, zoo
+from benchmarks import (
+    accuracy,
+    compile_time,
+    cpus,
+    halves,
+    large,
+    latency,
+    lint,
+    parity,
+    repair,
+    rewrites,
+    runtimes,
+    tensorrt,
+    training,
+    zoo,
+)
 from benchmarks.tables import Report
 
 COMMANDS = {
     "latency": latency,
+    "runtimes": runtimes,
     "accuracy": accuracy,
     "cpus": cpus,
     "tensorrt": tensorrt,

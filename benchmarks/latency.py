@@ -4,7 +4,7 @@ All graphs of a model are loaded into one process. After a warm-up, every round 
 next one each time, so that whatever else the machine does hits all alike. The figure to read is the median over the rounds
 of the ratio to the float run of the same round; the ratio of the fastest runs is beside it, and agrees on a quiet machine.
 The float graph is the raw export, as ONNX Runtime optimizes it with everything on. Several recipes, ``--recipe w8a8 repq-vit:w4a4
-best:w4a4:native`` (name, bits, storage), are paired with the first of them too.
+best:w4a4:native w8a8:::newest`` (name, bits, storage, version of onnxruntime), are paired with the first of them too.
 
 Weights are random (see benchmarks/models.py), which latency does not see: nothing here says anything about accuracy.
 """
@@ -18,6 +18,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from benchmarks.models import OPSETS, TIMM, obtain
 from benchmarks.tables import Cell, Table, say
@@ -45,7 +46,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--rounds", type=int, default=15, metavar="N", help="timed runs of each graph [15]")
     parser.add_argument("--samples", type=int, default=32, metavar="N", help="calibration samples, built-in pictures [32]")
     parser.add_argument(
-        "--recipe", nargs="+", default=["w8a8"], metavar="NAME[:BITS[:STORAGE]]", help="of vitq, such as repq-vit:w4a4 [w8a8]"
+        "--recipe", nargs="+", default=["w8a8"], metavar="NAME[:BITS[:STORAGE[:VERSION]]]", help="of vitq, such as repq-vit:w4a4 [w8a8]"
     )
     parser.add_argument("--seed", type=int, default=0, help="of weights and built-in pictures [0]")
     parser.add_argument("--no-compare", action="store_true", help="leave out the graphs of onnxruntime.quantization")
@@ -77,10 +78,11 @@ def measure_model(name: str, exporter: str, options: argparse.Namespace) -> Tabl
         graphs, made = {"float": model}, {}
         for text in options.recipe:
             say(f"{name}: compile with {text} ...")
-            recipe, bits, storage = (*text.split(":"), "", "")[:3]
+            recipe, bits, storage, version = (*text.split(":"), "", "", "")[:4]
             label = "vitq" if len(options.recipe) == 1 else f"vitq {text}"
             graphs[label] = folder / f"{len(graphs)}.onnx"
-            chosen = {"recipe": recipe, "bits": bits or None, "storage": storage or None}
+            chosen: dict[str, Any] = {"recipe": recipe, "bits": bits or None, "storage": storage or None}
+            chosen["target_options"] = {"version": version}
             made[label] = compile(model, graphs[label], **chosen, samples=options.samples, preprocess="imagenet", seed=options.seed)
         if not options.no_compare:
             feeds = calibration_feeds(model, None, "imagenet", options.samples, options.seed)

@@ -38,6 +38,8 @@ LARGEST = float(np.finfo(np.float16).max)
 SINGLE = np.dtype(np.float32)
 SMALLEST = 2.0**-14  # normal half
 QDQ = frozenset({"QuantizeLinear", "DequantizeLinear"})
+TYPED_BY_ATTRIBUTE = frozenset({"Cast", "ConstantOfShape"})  # which `_narrow` writes
+SCATTERS = frozenset({"ScatterElements", "ScatterND"})
 FLOAT32_INPUTS = {"Resize": (2,), "Upsample": (1,)}  # scales of sizes, float32 whatever the data
 
 
@@ -98,6 +100,8 @@ class NarrowFloats(Pass):
                 found[node.name] = f"it meets values of {met[node.name]:.3g}, and the largest half is {LARGEST:.0f}"
             elif not _has_half(node, c.graph.opset, self.to):
                 found[node.name] = f"{node.op} has no {self.to} form"
+            elif self.to == "fp16" and node.op in SCATTERS and node.attrs.get("reduction", "none") != "none":
+                found[node.name] = f"onnxruntime, which checks the result, adds up no halves in {node.op}"
             elif self.to == "fp16" and node.op not in QDQ and (small := _smallest_number(node)) < SMALLEST:
                 found[node.name] = f"its constant {small:.3g} is no half"
             elif 0 < met[node.name] < SMALLEST:
@@ -130,14 +134,18 @@ def largest_values(graph: Graph, feeds: Iterable[Feed], threads: int) -> dict[st
 
 
 def _has_half(node: Node, opset: int, to: str) -> bool:
+    """Whether all float32 inputs can be halves, and all float32 outputs then are."""
     wanted = "tensor(float16)" if to == "fp16" else "tensor(bfloat16)"
     schema = onnx.defs.get_schema(node.op, opset, node.domain or "")
     constraints = {t.type_param_str: t.allowed_type_strs for t in schema.type_constraints}
-    return all(
-        wanted in constraints.get(parameter.type_str, (parameter.type_str,)) or index in FLOAT32_INPUTS.get(node.op, ())
-        for index, (tensor, parameter) in enumerate(zip(node.inputs, schema.inputs, strict=False))
-        if tensor.dtype == SINGLE
-    )
+    halves = set()
+    for index, (tensor, parameter) in enumerate(zip(node.inputs, schema.inputs, strict=False)):
+        if tensor.dtype == SINGLE and index not in FLOAT32_INPUTS.get(node.op, ()):
+            if wanted not in constraints.get(parameter.type_str, (parameter.type_str,)):
+                return False
+            halves.add(parameter.type_str)
+    outputs = {p.type_str for tensor, p in zip(node.outputs, schema.outputs, strict=False) if tensor.dtype == SINGLE}
+    return node.op in TYPED_BY_ATTRIBUTE or (outputs <= halves and node.attrs.get("dtype") != TensorProto.FLOAT)
 
 
 def _smallest_number(node: Node) -> float:

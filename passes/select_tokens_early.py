@@ -109,7 +109,7 @@ def _query_path(c: Compilation, attention: Attention) -> list[Node]:
 
     Empty where they are others, where the products are to be quantized, whose statistics are of all queries, or masked.
     """
-    tensor, path = attention.q.linear.output, []
+    tensor, path = attention.q.linear.output, list[Node]()
     ops = ["Reshape", "Transpose", "MatMul", "Softmax", "MatMul", "Transpose", "Reshape"]
     if attention.fused is not None or attention.mask is not None or any(edge in c.specs for edge in attention.edges.values()):
         return []

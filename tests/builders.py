@@ -193,6 +193,7 @@ class Sizes:
     layer_scale: bool = False
     class_token: bool = True
     gelu: str = "erf"  # or "tanh"
+    norm: str = "layer"  # or "rms"
     queries: str = "plain"  # or, with the keys, "rotary": turned by their positions; "cosine": divided by their lengths
     seed: int = 0
 
@@ -380,9 +381,18 @@ class _VitWriter:
 
     def layernorm(self, x: str) -> str:
         gamma, beta = self.w.weight("gamma", self.draw(self.sizes.width, around=1)), self.w.weight("beta", self.draw(self.sizes.width))
+        if self.sizes.norm == "rms":
+            return self.rmsnorm(x, gamma)
         if self.dialect.layernorm == "fused":
             return str(self.w.op("LayerNormalization", x, gamma, beta, axis=-1, epsilon=1e-6))
         return decomposed_layernorm(self.w, x, gamma, beta, self.dialect.layernorm, flipped=self.dialect.bias_first)
+
+    def rmsnorm(self, x: str, gamma: str) -> str:
+        w = self.w
+        if self.dialect.layernorm == "fused":
+            return str(w.op("RMSNormalization", x, gamma, epsilon=1e-6))
+        root = w.op("Sqrt", w.op("Add", w.mean(w.op("Mul", x, x)), w.number(1e-6)))
+        return str(w.op("Mul", w.op("Div", x, root), gamma))
 
     def gelu(self, x: str) -> str:
         if self.dialect.gelu == "fused":
@@ -497,7 +507,7 @@ def vit(sizes: Sizes | None = None, dialect: Dialect = TIMM) -> onnx.ModelProto:
     Static dialects have batch 2.
     """
     sizes = sizes or Sizes()
-    opset = 20 if dialect.gelu == "fused" else 17
+    opset = 23 if sizes.norm == "rms" and dialect.layernorm == "fused" else 20 if dialect.gelu == "fused" else 17
     w = Writer(share=dialect.share, constants=dialect.constants, opset=opset)
     writer = _VitWriter(sizes, dialect, w, np.random.default_rng(sizes.seed))
     x = writer.embed()

@@ -18,6 +18,7 @@ from math import pi, sqrt
 from typing import Any
 
 import numpy as np
+from numpy.typing import ArrayLike
 
 from vitq_compiler.graph import Graph, Node, Tensor
 from vitq_compiler.pattern import MatchFailure
@@ -33,7 +34,7 @@ class Writer:
     def __init__(self, graph: Graph, node: Node) -> None:
         self.graph, self.node, self.result = graph, node, node.outputs[0]
 
-    def numbers(self, of: float | Sequence[float]) -> Tensor:
+    def numbers(self, of: ArrayLike) -> Tensor:
         """A constant of the node's type."""
         return self.graph.constant(f"{self.node.name}/number", np.asarray(of, self.result.dtype or np.float32))
 

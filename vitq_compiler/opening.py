@@ -11,7 +11,7 @@ from vitq_compiler.data import Data, open_data
 from vitq_compiler.errors import ModelError
 from vitq_compiler.graph import Graph
 from vitq_compiler.model_io import convert_opset, read_mended
-from vitq_compiler.opset import PORTABLE
+from vitq_compiler.opset import PORTABLE, lower_opset, lowest_opset
 from vitq_compiler.pipeline import Compilation, Pipeline
 from vitq_compiler.precision import HalfPrecision, find_half, widen
 from vitq_compiler.preprocess import Preprocess, resolve
@@ -30,7 +30,7 @@ class Opened:
     """A model in float32.
 
     Attributes:
-        graph: at opset `PORTABLE`, or the newer one of the file.
+        graph: at opset `PORTABLE`, or a newer one that its operators need.
         half: what half precision the file has.
         boundary: the inputs and outputs that were of it, with their types; see `precision.narrow`.
         runs_here: whether the installed runtime has the operators of the file as they are there.
@@ -54,6 +54,7 @@ def open_model(model: Path, target: Target) -> Opened:
     runs_here = requirement(source).met_by(INSTALLED)
     half, boundary = find_half(source), widen(source)
     graph = Graph.from_proto(convert_opset(source, PORTABLE, model))
+    lower_opset(graph, max(PORTABLE, lowest_opset(graph)))
     graph.ir_version = target.ir_version
     graph.layouts = {picture.name: picture.layout for picture in find_pictures(graph) if picture.layout is not None}
     return Opened(graph, half, boundary, runs_here, mended)

@@ -30,8 +30,9 @@ from vitq_compiler.pattern import MatchFailure
 PORTABLE = 20  # known to compilers and runtimes of several years; a graph is in its words, or newer ones, while it is compiled
 STANDARD_DOMAINS = ("", "ai.onnx")
 OLDEST = 13  # scales per channel came with it
-REDUCTIONS = ("ReduceMean", "ReduceMax", "ReduceMin", "ReduceProd", "ReduceSumSquare")
-REDUCTIONS += ("ReduceL1", "ReduceL2", "ReduceLogSum", "ReduceLogSumExp")
+REDUCTIONS = frozenset(
+    {"ReduceMean", "ReduceMax", "ReduceMin", "ReduceProd", "ReduceSumSquare", "ReduceL1", "ReduceL2", "ReduceLogSum", "ReduceLogSumExp"}
+)
 # Operator, and the opset from which the same inputs and attributes mean something else.
 CHANGED = frozenset({("DFT", 20), ("GroupNormalization", CHANNELS_FROM), ("RoiAlign", 16)})
 ADVICE = "name a later version of the target, or export without it"
@@ -72,10 +73,8 @@ def oldest_opset(node: Node, opset: int, *, rewritten: bool = True) -> int:
     """
     found = [OLDEST, *(oldest_opset(n, opset, rewritten=False) for graph in node.subgraphs() for n in graph.nodes)]
     forms = [] if node.domain else [schema for schema in history(node.op) if schema.since_version <= opset]
-    for older, newer in reversed(list(pairwise([None, *forms]))):
-        if older is None or not _steps_down(node, older, newer, rewritten):
-            found.append(newer.since_version)
-            break
+    steps = ((newer, _steps_down(node, older, newer, rewritten)) for older, newer in reversed(list(pairwise(forms))))
+    found += [next((newer.since_version for newer, down in steps if not down), forms[0].since_version)] if forms else []
     found += [NEW_WORDS.get((node.op, name), {}).get(word, 0) for name, word in node.attrs.items() if isinstance(word, int | str)]
     return max(found)
 
@@ -246,7 +245,7 @@ def _scale_tells(node: Node) -> bool:
 
 # Operator, and the opset that brought the form to write as the one before.
 RESPELLED: Mapping[tuple[str, int], Respelling] = {
-    **{(op, 18): Respelling(_has_constant_axes, _axes_to_attribute) for op in REDUCTIONS},
+    **{(op, 18): Respelling(_has_constant_axes, _axes_to_attribute) for op in sorted(REDUCTIONS)},
     ("Split", 18): Respelling(_has_equal_parts),
     ("GridSample", 20): Respelling(_is_plane, _plane_modes),
     ("QuantizeLinear", 21): Respelling(_zero_point_tells),

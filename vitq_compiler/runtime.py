@@ -105,9 +105,13 @@ def _loaded(model: onnx.ModelProto, options: ort.SessionOptions, providers: Sequ
 
 
 def _runnable(graph: Graph) -> tuple[onnx.ModelProto, dict[str, Array]]:
-    """`Graph.without_weights` of the graph, or of a copy in operators that the installed runtime has."""
+    """`Graph.without_weights` of the graph, or of a copy in operators that the installed runtime has.
+
+    It makes int8 quantizers uint8 ones, but leaves the type that they name from opset 21 on, and then refuses its own graph.
+    """
     light, weights = graph.without_weights()
-    if requirement(light).met_by(INSTALLED):
+    signed = any(len(node.inputs) > 2 and node.inputs[2].dtype == np.int8 for node in graph.find("QuantizeLinear"))
+    if requirement(light).met_by(INSTALLED) and not (signed and graph.opset > PORTABLE):
         return light, weights
     copy = graph.snapshot()
     lower_opset(copy, PORTABLE)

@@ -39,17 +39,17 @@ class Target(ABC):
     """
 
     name: ClassVar[str]
-    opset: int = PORTABLE
-    ir_version: int = 9
-    rewrites: str
-    lowering: str
+    opset: ClassVar[int] = PORTABLE
+    ir_version: ClassVar[int] = 9
+    rewrites: ClassVar[str]
+    lowering: ClassVar[str]
     rules: ClassVar[tuple[Rule, ...]]
-    release: str = ""
+    release: ClassVar[str] = ""
     platform: Platform = Platform()
     integer_kernels: ClassVar[frozenset[str]]
     runs_here: ClassVar[bool] = True
     attention_choices: ClassVar[tuple[str, ...]] = ()
-    packing: str = ""
+    packing: ClassVar[str] = ""
     may_saturate: bool = False
     replaces: ClassVar[Mapping[str, str]] = {}
 

@@ -5,7 +5,7 @@ import numpy as np
 import onnx
 import pytest
 
-from tests.builders import changes_of, compilation, feed_of, graph_of, model_of, ops, run_model
+from tests.builders import changes_of, compilation, feed_of, model_of, ops, run_model
 from vitq_compiler.errors import RecipeError, TargetError
 from vitq_compiler.graph import Graph, value
 from vitq_compiler.passes import narrow_floats
@@ -15,9 +15,9 @@ from vitq_compiler.pipeline import Compilation, Pipeline
 HALF = np.dtype(np.float16)
 
 
-def narrowed(text: str, to: str = "fp16", shape: str = "B, 4", **weights: np.ndarray) -> tuple[Compilation, Graph]:
+def narrowed(text: str, to: str = "fp16", shape: str = "B, 4", opset: int = 23, **weights: np.ndarray) -> tuple[Compilation, Graph]:
     """The compilation after the pass, and the graph before."""
-    c = compilation(graph_of(f"g (float[{shape}] x) => (float y) {{ {text} }}", **weights))
+    c = compilation(Graph.from_proto(model_of(f"g (float[{shape}] x) => (float y) {{ {text} }}", opset=opset, **weights)))
     before = c.graph.snapshot()
     NarrowFloats(to=to).run(c)
     onnx.checker.check_model(c.graph.to_proto(), full_check=True)
@@ -134,3 +134,23 @@ def test_a_runtime_that_does_not_round_half_judges_float32(text: str, rounds: bo
 def test_wrong_options(option: str, message: str) -> None:
     with pytest.raises(RecipeError, match=message):
         Pipeline.parse(f"narrow-floats{{{option}}}", lambda name: NarrowFloats)
+
+
+HALFLESS = {
+    "no half in the operator": ("y = Celu(x)", "Celu has no fp16 form"),
+    "its type is an attribute": ("n = RandomUniformLike <dtype = 1> (x) y = Add(x, n)", "RandomUniformLike has no fp16 form"),
+    "its type is no input's": ("n = RandomUniform <shape = [1]> () y = Add(x, n)", "RandomUniform has no fp16 form"),
+    "no kernel to check it with": ('y = ScatterND <reduction = "add"> (x, places, rows)', "onnxruntime, which checks the result, adds up"),
+}
+
+
+@pytest.mark.parametrize(("text", "reason"), HALFLESS.values(), ids=HALFLESS)
+def test_operators_without_a_half(text: str, reason: str) -> None:
+    weights = {"places": np.array([[0]]), "rows": np.ones((1, 4), np.float32)}
+    c, before = narrowed(f"a = Relu(x) b = MatMul(a, w) {text.replace('(x', '(b')}", opset=20, w=np.eye(4, dtype=np.float32), **weights)
+    assert any(note.reason.startswith(f"stays in float32: {reason}") for note in c.notes)
+    assert {t.dtype for t in c.graph.find("MatMul")[0].outputs} == {HALF}, "what is around it is narrowed"
+    feed = feed_of(before)
+    (y,), (reference,) = run_model(c.graph, feed), run_model(before, feed)
+    if "Random" not in text:
+        np.testing.assert_allclose(y, reference, atol=5e-3)

@@ -68,12 +68,12 @@ class Onnxruntime(Target):
             raise RecipeError(f"onnxruntime {self.version!r}: give a version from {OLDEST} on, such as {NEWEST}, or newest")
 
     @property
-    def release(self) -> str:
+    def release(self) -> str:  # type: ignore[override]  # depends on the version
         """The release that the graph is written for, of `RELEASES`; empty where none is named."""
         return NEWEST if self.version == "newest" else known_release(self.version) if self.version else ""
 
     @property
-    def opset(self) -> int:  # type: ignore[override]  # depends on the version
+    def opset(self) -> int:  # type: ignore[override]  # likewise
         """The newest opset that the release has kernels for."""
         return RELEASES[self.release][0] if self.release else PORTABLE
 
