@@ -58,8 +58,8 @@ WRONG: dict[str, tuple[Callable[[onnx.ModelProto], None], str]] = {
     "names": (same_names, "nodes had the name of another one: renamed"),
     "order": (reversed_nodes, "nodes stood before those whose outputs they read: sorted"),
     "sizes": (stale_sizes, "contradict what the graph computes"),
-    "rank": (stale_rank, "sizes of 1 tensors contradict what the graph computes (logits is float32 [batch, 5], not float32 [batch, 5, 7])"),
-    "output": (stale_output, "sizes of 1 tensors contradict what the graph computes (logits is float32 [batch, 5], not float32 [batch, 6])"),
+    "rank": (stale_rank, "(logits is float32 [batch, 5], not float32 [batch, 5, 7]): inferred again"),
+    "output": (stale_output, "(logits is float32 [batch, 5], not float32 [batch, 6]): inferred again"),
     "type": (stale_type, "(logits is float32 [batch, 5], not int64 [batch, 5]): inferred again"),
     "no type": (no_type, "output logits had no type: inferred float32 [batch, 5]"),
 }

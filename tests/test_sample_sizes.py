@@ -13,7 +13,7 @@ from vitq_compiler.sample_sizes import TOKENS, SampleSizes
 ASSUMED = resolve(None, None)
 TOLD = replace(ASSUMED, assumed=False)
 FIXED = "y = Add(t, table)"
-RESIZED = "s = Shape(c) p = Resize <mode = \"cubic\"> (plane, , , s) q = Reshape(p, flat) u = Transpose <perm = [0, 2, 1]> (q) y = Add(t, u)"
+RESIZED = 's = Shape(c) p = Resize <mode = "cubic"> (plane, , , s) q = Reshape(p, flat) u = Transpose <perm = [0, 2, 1]> (q) y = Add(t, u)'
 FREE = "y = Relu(t)"
 
 

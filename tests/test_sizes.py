@@ -18,7 +18,7 @@ STEPS = {HEIGHT: 8, WIDTH: 8}
 
 
 def sides(runs: Callable[[int, int], bool], shapes: dict[str, tuple[int, ...]] = SHAPES) -> list[tuple[int, int]]:
-    """Heights and widths of the probes of a picture, for a graph that takes those for which ``runs`` holds; the first is that of the data."""
+    """Heights and widths of the probes of a picture, that of the data first, for a graph that takes those for which ``runs`` holds."""
     found = probes_of([[HEIGHT], [WIDTH]], shapes, STEPS, lambda p: runs(*p.shapes["image"][2:]), alone=False)
     assert found[0] == Probe(BATCHES[0], shapes)
     assert len({probe.batch for probe in found}) > 1, "or the batch would pass for a constant"
