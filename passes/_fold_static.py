@@ -127,8 +127,8 @@ def _fold_sized(graph: Graph, tensor: Tensor, values: list[Array], seen: Observe
     same = first[tuple(slice(1) if axis in spread else slice(None) for axis in range(first.ndim))]
     repeated = all(np.array_equal(v, np.broadcast_to(same, v.shape)) for v in values)
     batched = tuple(map(len, values)) == seen.batches and spread == [0]
-    number = batched and (same == same.flat[0]).all() and _is_elementwise(tensor)
-    if repeated and (number or _is_spread(tensor, seen)):
+    number = batched and (same == same.flat[0]).all() and _is_elementwise(graph, tensor)
+    if repeated and (number or _is_spread(graph, tensor, seen)):
         return graph.replace(tensor, graph.constant(f"{tensor.name}/row", same))
     if not (batched and repeated) or done or seen.batches not in sizes.axes:
         return 0
@@ -139,17 +139,18 @@ def _fold_sized(graph: Graph, tensor: Tensor, values: list[Array], seen: Observe
     )
 
 
-def _is_elementwise(tensor: Tensor) -> bool:
-    return all(reader.op in ELEMENTWISE for reader in readers(tensor))
+def _is_elementwise(graph: Graph, tensor: Tensor) -> bool:
+    """Whether ``tensor`` is read element by element, and by nothing else."""
+    return not graph.is_output(tensor) and all(reader.op in ELEMENTWISE for reader in readers(tensor))
 
 
-def _is_spread(tensor: Tensor, seen: Observed) -> bool:
+def _is_spread(graph: Graph, tensor: Tensor, seen: Observed) -> bool:
     """Whether whatever reads ``tensor`` reads, element by element, another tensor that has the shape of the result by itself."""
     for reader in readers(tensor):
         shapes = seen.shapes.get(reader.outputs[0].name)
         if not shapes or not any(seen.shapes.get(t.name) == shapes for t in reader.inputs if t is not tensor):
             return False
-    return _is_elementwise(tensor)
+    return _is_elementwise(graph, tensor)
 
 
 # Reshapes

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import count
 
 import numpy as np
 
@@ -39,15 +40,15 @@ class Observed:
         """Whether what did not change can be held for a constant: only one size is taken, or several were tried."""
         return self.sizes != 2
 
+    def series(self, name: str, axis: int) -> Series | None:
+        """A size of a tensor in each run; None where it was not observed, or differs in rank from run to run."""
+        shapes = self.shapes.get(name, [])
+        return tuple(shape[axis] for shape in shapes) if shapes and all(axis < len(shape) for shape in shapes) else None
+
     @property
     def batches(self) -> Series:
         """How many samples there were in each run."""
         return tuple(p.batch for p in self.probes)
-
-    def series(self, name: str, axis: int) -> Series | None:
-        """A size of a tensor in each run; None where it was not always there."""
-        shapes = self.shapes[name]
-        return tuple(shape[axis] for shape in shapes) if all(axis < len(shape) for shape in shapes) else None
 
 
 def observe(graph: Graph, probes: Sequence[Probe], values: Iterable[Tensor], shapes: Iterable[Tensor], threads: int) -> Observed:
@@ -100,14 +101,29 @@ class Symbols:
 
 
 def name_sizes(graph: Graph, observed: Observed) -> None:
-    """Write into the shapes of tensors what was observed: numbers, and the same name wherever a size is the same in every run."""
+    """Write into the shapes of tensors what was observed: numbers, and the same name wherever a size is the same in every run.
+
+    Inputs and outputs keep the sizes and names that the model declares; what these are called, others are called too.
+    """
     names = dict(Symbols(graph, observed).names)
+    for tensor in graph.outputs:
+        for axis, size in enumerate(tensor.shape or ()):
+            series = observed.series(tensor.name, axis)
+            if isinstance(size, str) and size and series is not None and size not in names.values():
+                names.setdefault(series, size)
+    taken = set(names.values())
     for tensor in graph.tensors():
         shapes = observed.shapes.get(tensor.name)
-        if shapes is None or is_constant(tensor) or len({len(shape) for shape in shapes}) != 1:
+        if shapes is None or is_constant(tensor) or graph.is_input(tensor) or len({len(shape) for shape in shapes}) != 1:
             continue
         sizes: list[int | str] = []
         for series in zip(*shapes, strict=True):
-            constant = len(set(series)) == 1 and observed.certain
-            sizes.append(series[0] if constant else names.setdefault(series, f"size_{len(names)}"))
-        tensor.shape = sizes
+            if len(set(series)) == 1 and observed.certain:
+                sizes.append(series[0])
+                continue
+            if series not in names:
+                names[series] = next(name for n in count() if (name := f"size_{n}") not in taken)
+                taken.add(names[series])
+            sizes.append(names[series])
+        declared = (tensor.shape or []) if graph.is_output(tensor) else []
+        tensor.shape = [old or new for old, new in zip(declared, sizes, strict=True)] if declared else sizes

@@ -70,6 +70,8 @@ def _linearize(c: Compilation, node: Node) -> Linear:
         output = graph.insert("Add", [output, bias], name=f"{node.name}/add", like=tokens)
         linear.add = output.inputs[0]
     graph.replace(tokens, output)
+    for reader in [n for n in readers(node.outputs[0]) if n.op == "Shape"]:
+        graph.replace(reader.outputs[0], _shape(graph, node, reader))
     return linear
 
 
@@ -89,36 +91,50 @@ def _cut(graph: Graph, node: Node, sides: list[list[int]]) -> tuple[Tensor, list
     image = node.inputs[0]
     if any(size % p for (size,), p in zip(sides, patch, strict=True)):
         ends = [count * p for count, p in zip(counts, patch, strict=True)]
-        image = _cropped(graph, node, graph.constant(f"{node.name}/ends", np.array(ends, np.int64)))
+        image = _cropped(graph, node, _numbers(graph, node, "ends", ends))
     cells = [number for pair in zip(counts, patch, strict=True) for number in pair]
-    target = graph.constant(f"{node.name}/cut", np.array([-1, channels, *cells], np.int64))
+    target = _numbers(graph, node, "cut", [-1, channels, *cells])
     return graph.add("Reshape", [image, target], name=f"{node.name}/cut"), [-1, prod(counts)]
 
 
 def _cut_open(graph: Graph, node: Node, sides: list[list[int]]) -> tuple[Tensor, list[int]]:
     """As `_cut`, the number of patches along each side computed from the image."""
     _, channels, *patch = value(node.inputs[1]).shape
-    image = node.inputs[0]
-
-    def numbers(name: str, values: Sequence[int]) -> Tensor:
-        return graph.constant(f"{node.name}/{name}", np.array(values, np.int64))
-
-    sizes = graph.add("Shape", [image], name=f"{node.name}/sides", start=2)
-    counts = graph.add("Div", [sizes, numbers("patch", patch)], name=f"{node.name}/counts")
+    image, counts = node.inputs[0], _counts(graph, node)
     if any(size % p for several, p in zip(sides, patch, strict=True) for size in several):
-        image = _cropped(graph, node, graph.add("Mul", [counts, numbers("patch", patch)], name=f"{node.name}/ends"))
-    cells = []
+        image = _cropped(graph, node, graph.add("Mul", [counts, _numbers(graph, node, "patch", patch)], name=f"{node.name}/ends"))
+    cells = [_numbers(graph, node, "samples", [0, channels])]
     for axis, p in enumerate(patch):
-        cells += [graph.add("Gather", [counts, numbers("side", [axis])], name=f"{node.name}/count", axis=0), numbers("pixels", [p])]
-    target = graph.add("Concat", [numbers("samples", [0, channels]), *cells], name=f"{node.name}/cells", axis=0)
+        count = graph.add("Gather", [counts, _numbers(graph, node, "side", [axis])], name=f"{node.name}/count", axis=0)
+        cells += [count, _numbers(graph, node, "pixels", [p])]
+    target = graph.add("Concat", cells, name=f"{node.name}/cells", axis=0)
     return graph.add("Reshape", [image, target], name=f"{node.name}/cut"), [0, -1]
+
+
+def _counts(graph: Graph, node: Node) -> Tensor:
+    """How many patches there are along each side, as a vector that is computed from the image."""
+    sides = graph.add("Shape", [node.inputs[0]], name=f"{node.name}/sides", start=2)
+    return graph.add("Div", [sides, _numbers(graph, node, "patch", value(node.inputs[1]).shape[2:])], name=f"{node.name}/counts")
+
+
+def _shape(graph: Graph, node: Node, reader: Node) -> Tensor:
+    """What a Shape of the convolution's output gives, without that."""
+    weight = value(node.inputs[1])
+    samples = graph.add("Shape", [node.inputs[0]], name=f"{node.name}/batch", start=0, end=1)
+    parts = [samples, _numbers(graph, node, "features", [len(weight)]), _counts(graph, node)]
+    whole = graph.add("Concat", parts, name=f"{node.name}/shape", axis=0)
+    axes = range(weight.ndim)[reader.attrs.get("start", 0) : reader.attrs.get("end")]
+    return graph.insert("Gather", [whole, _numbers(graph, node, "read", axes)], name=f"{reader.name}/shape", like=reader.outputs[0], axis=0)
+
+
+def _numbers(graph: Graph, node: Node, name: str, values: Sequence[int]) -> Tensor:
+    return graph.constant(f"{node.name}/{name}", np.array(values, np.int64))
 
 
 def _cropped(graph: Graph, node: Node, ends: Tensor) -> Tensor:
     """The image without the pixels beyond the last whole patch."""
     dims = value(node.inputs[1]).ndim - 2
-    starts, axes = (np.array(numbers, np.int64) for numbers in ([0] * dims, range(2, 2 + dims)))
-    window = [graph.constant(f"{node.name}/starts", starts), ends, graph.constant(f"{node.name}/axes", axes)]
+    window = [_numbers(graph, node, "starts", [0] * dims), ends, _numbers(graph, node, "axes", range(2, 2 + dims))]
     return graph.insert("Slice", [node.inputs[0], *window], name=f"{node.name}/whole")
 
 
@@ -126,7 +142,7 @@ def _tokens(graph: Graph, convolved: Tensor) -> Tensor:
     """The tensor [batch, tokens, channels] that the convolution's output is flattened and transposed to."""
     tensor = convolved
     for _ in range(3):
-        following = readers(tensor)
+        following = [reader for reader in readers(tensor) if reader.op != "Shape" or tensor is not convolved]
         if len(following) != 1 or following[0].op not in ("Reshape", "Flatten", "Transpose") or graph.is_output(tensor):
             break
         tensor = following[0].outputs[0]

@@ -5,7 +5,8 @@ from dataclasses import dataclass, replace
 import numpy as np
 import pytest
 
-from tests.builders import compilation, feed_of, find_pass, run_model, vit
+from tests.builders import compilation, difference, feed_of, find_pass, random_feed, run_model, vit
+from tests.open_vit import open_vit
 from vitq_compiler.errors import InvariantError, PassError
 from vitq_compiler.graph import value
 from vitq_compiler.passes.annotate import Annotate
@@ -70,6 +71,55 @@ def test_a_pass_that_changes_the_outputs_is_named() -> None:
     Pipeline((Canonicalize(), DoubleWeights(), RecoverGelu())).run(c, (parity,))
     with pytest.raises(InvariantError, match="pass double-weights changed the float outputs"):
         parity.check()
+
+
+@dataclass(frozen=True)
+class Halve(Pass):
+    """W -> W / 2, on purpose"""
+
+    name = "halve"
+
+    def run(self, c: Compilation) -> int:
+        node = c.graph.find("LayerNormalization")[-1]
+        node.inputs[1].values = value(node.inputs[1]) / 2
+        return 1
+
+
+@dataclass(frozen=True)
+class FixSize(Pass):
+    """Reshape to sizes that are computed -> to those of pictures of 16 by 16"""
+
+    name = "fix-size"
+    exact = True
+
+    def run(self, c: Compilation) -> int:
+        node = c.graph.find("Reshape")[0]
+        node.inputs[1] = c.graph.constant("fixed", np.array([-1, 8, 16]))
+        return 1
+
+
+def test_other_sizes_are_held_to_the_original_too() -> None:
+    c = compilation(open_vit())
+    feeds = [random_feed(c.graph.inputs, size=size) for size in (16, 12)]
+    first, second = (run_model(c.graph, feed) for feed in feeds)
+    blind, seeing = Parity(feeds[0], first), Parity(feeds[0], first, others=[(feeds[1], second)])
+    for parity in (blind, seeing):
+        copy = compilation(open_vit())
+        Pipeline((Canonicalize(), FixSize())).run(copy, (parity,))
+    blind.check()
+    with pytest.raises(InvariantError, match="pass fix-size changed the float outputs"):
+        seeing.check()
+
+
+def test_other_sizes_follow_what_a_pass_changes_on_purpose() -> None:
+    c = compilation(open_vit())
+    feeds = [random_feed(c.graph.inputs, size=size) for size in (16, 12)]
+    first, second = (run_model(c.graph, feed) for feed in feeds)
+    parity = Parity(feeds[0], first, others=[(feeds[1], second)])
+    Pipeline((Canonicalize(), Annotate(), Halve(), Canonicalize())).run(c, (parity,))
+    parity.check()
+    assert difference(parity.others[0][1], run_model(c.graph, feeds[1])) <= 1e-5
+    assert difference(parity.others[0][1], second) > 0.1
 
 
 def test_it_is_noticed_before_a_pass_that_may_change_them() -> None:

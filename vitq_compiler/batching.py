@@ -53,10 +53,6 @@ def free_batch(graph: Graph, feed: Feed, threads: int) -> list[str]:
         where = f"a batch of one is written into its nodes ({', '.join(changed[:3])})" if changed else "it takes one sample only"
         raise ModelError(f"{where} although its batch axis is open ({fault}); pass --batch-size 1, or export it with a free batch")
     _rewrite(graph)
-    batch = graph.inputs[0].shape[0]
-    for tensor, array in zip(graph.outputs, together, strict=True):
-        if tensor.shape and tensor.shape[0] == 1 and len(array) == count:
-            tensor.shape = [batch, *tensor.shape[1:]]
     return changed
 
 
@@ -65,18 +61,20 @@ def _agree(parts: tuple[Array, ...], whole: Array) -> bool:
 
 
 def _rewrite(graph: Graph) -> list[str]:
+    graph.infer_shapes()
     batched = _batched(graph)
+    nodes = [n for n in graph.clean().nodes if id(n) in batched]
+    for tensor in (t for n in nodes for t in n.outputs):  # what was inferred of a batch of one
+        tensor.shape = [graph.inputs[0].shape[0], *tensor.shape[1:]] if tensor.shape and graph.is_output(tensor) else None
     changed: list[Node] = []
-    for node in list(graph.clean().nodes):
-        if id(node) not in batched:
-            continue
+    for node in nodes:
         if node.op == "Reshape" and (target := constant_of(node.inputs[1])) is not None and target.size and target[0] > 0:
             rest = -1 if -1 not in target else 0 if target[0] == 1 else None
             if rest is None or node.attrs.get("allowzero", 0):
                 continue
             node.inputs[1] = graph.constant(f"{node.name}/free", np.array([rest, *target[1:]], np.int64))
             changed.append(node)
-        elif node.op == "Concat" and node.attrs["axis"] not in (0, -len(node.inputs[0].shape or ())):
+        elif node.op == "Concat" and node.attrs["axis"] != 0:
             changed += [node] * sum(_spread(graph, node, place, batched) for place in range(len(node.inputs)))
     return [node.name for node in unique(changed)]
 

@@ -21,6 +21,7 @@ from tests.builders import (
 )
 from vitq_compiler.graph import Graph, is_constant, value
 from vitq_compiler.pipeline import Compilation
+from vitq_compiler.sizes import Probe
 
 CLASS_TOKEN = """g (float[B, 3, 4] x) => (float[B, 12] y) {
     s = Shape(x)
@@ -177,6 +178,114 @@ def test_dynamic_image_sizes_are_not_taken_from_the_probe() -> None:
     graph, _, _ = canonical(text, minus=np.array([-1]))
     for size in (4, 6):
         assert run_model(graph, {"x": np.zeros((1, 3, size, 5), np.float32)})[0].shape == (15, size)
+
+
+def test_sizes_get_names() -> None:
+    """The same name wherever a size is the same in every run, those of the inputs first."""
+    text = """s = Shape <start = 0, end = 2> (x) t = Concat <axis = 0> (s, minus) r = Reshape(x, t) u = Transpose <perm = [0, 2, 1]> (r)
+        p = MaxPool <kernel_shape = [2, 2], strides = [2, 2]> (x) q = Reshape(p, t) e = ReduceMax <keepdims = 1> (q, two) k = Relu(u)
+        y = Mul(k, number) z = Relu(e) w = Relu(q)"""
+    c = compilation(
+        graph_of(
+            f"g (float[B, 3, H, W] x) => (float y, float z, float w) {{ {text} }}",
+            minus=np.array([-1]),
+            two=np.array([2]),
+            number=np.float32(2),
+        )
+    )
+    changes_of(c, "canonicalize")
+    (pixels,) = {t.shape[1] for t in (c.graph.tensor("u"), c.graph.tensor("k"))}
+    assert c.graph.tensor("k").shape == ["B", pixels, 3]
+    assert c.graph.tensor("r").shape == ["B", 3, pixels]
+    assert c.graph.tensor("z").shape == ["B", 3, 1]
+    pooled = c.graph.tensor("q").shape[2]
+    assert len({"B", "H", "W", pixels, pooled}) == 5
+    assert list(c.graph.inputs[0].shape) == ["B", 3, "H", "W"]
+
+
+def test_outputs_lend_their_names() -> None:
+    text = "s = Shape <start = 0, end = 2> (x) t = Concat <axis = 0> (s, minus) r = Reshape(x, t) a = Relu(r) y = Neg(a)"
+    c = compilation(graph_of(f"g (float[B, 3, H, W] x) => (float[B, 3, pixels] y) {{ {text} }}", minus=np.array([-1])))
+    changes_of(c, "canonicalize")
+    assert c.graph.tensor("a").shape == ["B", 3, "pixels"]
+    c = compilation(graph_of(f"g (float[B, 3, H, W] x) => (float[B, 3, H] y) {{ {text} }}", minus=np.array([-1])))
+    changes_of(c, "canonicalize")
+    assert c.graph.tensor("a").shape[2] not in ("H", "W"), "which is another size, whatever the output says"
+
+
+def test_vectors_of_open_sizes() -> None:
+    text = """s = Shape(x) a = Gather <axis = 0> (s, three) b = Unsqueeze(a, axes) c = Gather <axis = 0> (s, zero) d = Unsqueeze(c, axes)
+        t = Concat <axis = 0> (d, ones, b) m = ReduceMax <keepdims = 1> (x, sides) y = Expand(m, t)"""
+    numbers = {"zero": np.array(0), "three": np.array(3), "axes": np.array([0]), "ones": np.array([1, 2]), "sides": np.array([1, 2, 3])}
+    graph, _, _ = canonical(OPEN.format(text=text), **numbers)
+    assert sorted(ops(graph)) == ["Concat", "Expand", "ReduceMax", "Shape", "Shape"]
+    assert run_model(graph, {"x": np.zeros((5, 3, 4, 7), np.float32)})[0].shape == (5, 1, 2, 7)
+
+
+@pytest.mark.parametrize(
+    ("text", "kept"),
+    [
+        ("r = Expand(one_row, hw) y = Add(r, x)", ["Add"]),
+        ("r = Expand(one_row, hw) n = Relu(x) y = Add(n, r)", ["Relu", "Add"]),
+        ("r = Expand(one_row, hw) m = ReduceMax <keepdims = 1> (x, axes) y = Add(m, r)", ["Shape", "ReduceMax", "Expand", "Add"]),
+        ("r = Expand(one_row, hw) y = MatMul(x, r)", ["Shape", "Expand", "MatMul"]),
+    ],
+    ids=["added", "added behind", "widens its partner", "multiplied"],
+)
+def test_what_is_repeated_along_open_axes(text: str, kept: list[str]) -> None:
+    graph = graph_of(
+        f"g (float[B, 3, S, S] x) => (float y) {{ hw = Shape <start = 2> (x) {text} }}",
+        one_row=np.full((1, 1), 2, np.float32),
+        axes=np.array([2, 3]),
+    )
+    c = compilation(graph)
+    feed = {"x": np.random.default_rng(0).normal(size=(2, 3, 6, 6)).astype(np.float32)}
+    before = run_model(c.graph, feed)
+    changes_of(c, "canonicalize")
+    assert ops(c.graph) == kept
+    assert difference(before, run_model(c.graph, feed)) == 0
+
+
+@pytest.mark.parametrize("size", ["B", "B, S"])
+def test_an_output_that_is_repeated_stays_so(size: str) -> None:
+    graph, _, _ = canonical(
+        f"g (float[{size}] x) => (float y, float z) {{ z = Relu(x) s = Shape(x) y = Expand(number, s) }}", number=np.ones(1, np.float32)
+    )
+    shape = (5, 7)[: size.count(",") + 1]
+    assert [a.shape for a in run_model(graph, {"x": np.ones(shape, np.float32)})] == [shape, shape]
+
+
+def test_a_transposition_by_way_of_matrices() -> None:
+    """Heads are counted into the batch and back, the sizes computed: how torch's exporter writes k.transpose(-2, -1)."""
+    text = """s = Shape(x) n = Slice(s, two, three) t = Concat <axis = 0> (minus, n, four) m = Reshape(x, t)
+        k = Transpose <perm = [0, 2, 1]> (m) b = Slice(s, zero, two) u = Concat <axis = 0> (b, four, n) r = Reshape(k, u) y = Relu(r)"""
+    numbers = {name: np.array([n]) for name, n in (("minus", -1), ("zero", 0), ("two", 2), ("three", 3), ("four", 4))}
+    graph, _, _ = canonical(f"g (float[B, 2, N, 4] x) => (float y) {{ {text} }}", **numbers)
+    assert ops(graph) == ["Transpose", "Relu"]
+    assert graph.nodes[0].attrs["perm"] == [0, 1, 3, 2]
+    other = text.replace("(b, four, n)", "(b, n, four)")
+    graph, _, _ = canonical(f"g (float[B, 2, N, 4] x) => (float y) {{ {other} }}", **numbers)
+    assert ops(graph).count("Reshape") == 2, "that is no transposition"
+
+
+@pytest.mark.parametrize("sizes", ["B, 3, 4", "B, N, 4"])
+def test_reshapes_that_change_nothing_go(sizes: str) -> None:
+    text = "a = Relu(x) s = Shape(x) r = Reshape(a, s) n = Neg(r) t = Shape <end = 2> (x) u = Concat <axis = 0> (t, four) y = Reshape(n, u)"
+    graph, _, _ = canonical(f"g (float[{sizes}] x) => (float y) {{ {text} }}", four=np.array([4]))
+    assert ops(graph) == ["Relu", "Neg", "Reshape"], "but for an output, which keeps its name"
+
+
+def test_a_graph_that_takes_one_size_only() -> None:
+    text = "s = Shape(x) f = Cast <to = 1> (s) m = ReduceMax <keepdims = 0> (f) p = Add(x, table) y = Div(p, m)"
+    weights = {"table": np.arange(24, dtype=np.float32).reshape(1, 3, 2, 4)}
+    c = compilation(graph_of(OPEN.format(text=text), **weights))
+    c.probes = [Probe(2, {"x": (0, 3, 2, 4)}), Probe(3, {"x": (0, 3, 2, 4)})]
+    feed = {"x": np.ones((2, 3, 2, 4), np.float32)}
+    before = run_model(c.graph, feed)
+    changes_of(c, "canonicalize")
+    assert ops(c.graph) == ["Add", "Div"], "the largest size is 4 in every run"
+    assert difference(before, run_model(c.graph, feed)) == 0
+    assert c.notes[0].reason == "sizes x[2], x[3] are open, but no others than x[N, 3, 2, 4] run, nor do they in the result"
 
 
 NO_OPS = {

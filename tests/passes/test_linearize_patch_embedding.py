@@ -20,6 +20,7 @@ from tests.builders import (
 from vitq_compiler.annotations import understand
 from vitq_compiler.pipeline import Compilation
 from vitq_compiler.quant import Edge, QuantSpec
+from vitq_compiler.sizes import Probe
 
 CONV = "c = Conv <strides = {strides}, kernel_shape = {strides}> (image, w{bias}) "
 TOKENS = "r = Reshape(c, shape) t = Transpose <perm = [0, 2, 1]> (r) y = Relu(t)"
@@ -112,12 +113,50 @@ def kept(c: Compilation, shape: tuple[int, int], reason: str) -> None:
     assert reason in note.reason
 
 
-def test_a_dynamic_image_size() -> None:
-    kept(embedding(size="H, W"), (4, 8), "the image size ['H', 'W'] is not a static multiple of the patch [2, 2]")
+@pytest.mark.parametrize("size", ["H, W", "8, W", "H, 8", "S, S"])
+@pytest.mark.parametrize(("high", "wide"), [(2, 2), (4, 2)])
+def test_an_open_image_size(size: str, high: int, wide: int) -> None:
+    """Any size, also one that leaves pixels over, which the convolution does not read either."""
+    c = embedding(high, wide, size)
+    before = c.graph.snapshot()
+    assert linearized(c, (8, 8)) == 1
+    assert "Conv" not in ops(c.graph)
+    (linear,) = c.annotations.linears
+    assert (linear.in_features, set(c.specs)) == (3 * high * wide, {Edge(linear.name, 0), Edge(linear.name, 1)})
+    for height, width in ((8, 8), (4, 10), (9, 8), (8, 11), (13, 7)):
+        sides = (
+            (height, height)
+            if size == "S, S"
+            else tuple(8 if "8" in s else n for s, n in zip(size.split(","), (height, width), strict=True))
+        )
+        feed = {"image": np.random.default_rng(1).normal(size=(2, 3, *sides)).astype(np.float32)}
+        assert difference(run_model(before, feed), run_model(c.graph, feed)) <= 1e-5
 
 
-def test_an_image_that_is_no_multiple_of_the_patch() -> None:
-    kept(embedding(size="5, 8"), (5, 8), "the image size [5, 8] is not a static multiple of the patch [2, 2]")
+def test_sizes_that_are_always_whole_patches_are_not_cut_off() -> None:
+    c = embedding(size="H, W")
+    c.probes = [Probe(2, {"image": (0, 3, 8, 8)}), Probe(3, {"image": (0, 3, 6, 4)})]
+    assert linearized(c) == 1
+    assert "Slice" not in ops(c.graph)
+
+
+@pytest.mark.parametrize("size", ["5, 8", "4, 9", "7, 11"])
+def test_an_image_that_is_no_multiple_of_the_patch(size: str) -> None:
+    c = embedding(size=size)
+    assert linearized(c, tuple(map(int, size.split(", ")))) == 1
+    assert ops(c.graph) == ["Slice", "Reshape", "Transpose", "Reshape", "MatMul", "Add", "Relu"]
+
+
+@pytest.mark.parametrize("part", ["", "<start = 2>", "<start = 1, end = 3>", "<start = -2, end = -1>"])
+def test_shapes_of_the_convolution(part: str) -> None:
+    """Positions are resized to the shape of what they are added to."""
+    text = CONV + f"s = Shape {part} (c) f = Cast <to = 1> (s) m = ReduceMax(f) " + TOKENS.replace("Relu(t)", "Mul(t, m)")
+    c = embedding(size="H, W", text=text)
+    before = c.graph.snapshot()
+    assert linearized(c, (8, 12)) == 1
+    assert "Conv" not in ops(c.graph), "nothing reads it any more"
+    feed = {"image": np.ones((2, 3, 6, 4), np.float32)}
+    assert difference(run_model(before, feed), run_model(c.graph, feed)) <= 1e-5
 
 
 @pytest.mark.parametrize(

@@ -21,11 +21,13 @@ from tests.builders import (
     feed_of,
     graph_of,
     ops,
+    random_feed,
     run_model,
     run_passes,
     vit,
 )
-from vitq_compiler.annotations import understand
+from tests.open_vit import KEYS, open_vit
+from vitq_compiler.annotations import Annotations, understand
 from vitq_compiler.catalog import pipeline_for
 from vitq_compiler.graph import Graph, Node, producer, value
 from vitq_compiler.pipeline import Compilation
@@ -481,3 +483,53 @@ def test_causal_attention_counts_its_queries(causal: int, changes: int) -> None:
     assert selected(c) == changes
     assert last_of(c, "Attention").inputs[0].shape[1] == (1 if changes else TOKENS)
     assert last_of(c, "Attention").inputs[1].shape[1] == TOKENS
+
+
+# Tokens whose number is open
+
+
+@pytest.mark.parametrize("keys", KEYS)
+@pytest.mark.parametrize("fused", [True, False])
+def test_one_token_of_an_open_number(keys: str, fused: bool) -> None:
+    c = compilation(open_vit(keys=keys, depth=2))
+    run_passes(c, f"{FRONT if fused else FRONT.replace('fuse-attention', 'separate-heads')}")
+    feed = random_feed(c.graph.inputs, size=16)
+    before = run_model(c.graph, feed)
+    assert changes_of(c, "select-tokens-early") > 0
+    assert difference(before, run_model(c.graph, feed)) <= TOLERANCE
+    assert [tokens if isinstance(tokens, int) else "open" for tokens in tokens_of(c, "proj")] == ["open", 1]
+    assert tokens_of(c, "fc2")[1] == 1
+    assert tokens_of(c, "qkv").count(1) == 0
+    for size in (12, 21):
+        other = random_feed(c.graph.inputs, size=size)
+        assert run_model(c.graph, other)[0].shape == (2, 5)
+
+
+@pytest.mark.parametrize(
+    ("pick", "moved"),
+    [
+        ("Gather <axis = 1> (h, zero)", True),
+        ("Gather <axis = 1> (h, last)", True),
+        ("Gather <axis = 1> (h, one_row)", True),
+        ("Slice(h, start, one_row, one_row)", True),
+        ("Gather <axis = 1> (h, two)", False),
+        ("Slice(h, start, end, one_row)", False),
+        ("Slice(h, last_row, end, one_row)", False),
+    ],
+)
+def test_what_is_picked_of_an_open_number(pick: str, moved: bool) -> None:
+    """Several tokens may be more than there are, and a slice then gives fewer."""
+    numbers = {"zero": np.array(0), "last": np.array(-1), "start": np.array([0]), "end": np.array([4]), "last_row": np.array([-2])}
+    graph = graph_of(
+        f"g (float[B, N, 4] x) => (float y) {{ a = Relu(x) h = Sigmoid(a) p = {pick} y = Neg(p) }}",
+        **numbers,
+        one_row=np.array([1]),
+        two=np.array([0, 1]),
+    )
+    c = compilation(graph)
+    c.annotations = Annotations()
+    graph.infer_shapes()
+    feed = {"x": np.random.default_rng(0).normal(size=(2, 3, 4)).astype(np.float32)}
+    before = run_model(graph, feed)
+    assert bool(changes_of(c, "select-tokens-early")) is moved
+    assert difference(before, run_model(graph, feed)) == 0

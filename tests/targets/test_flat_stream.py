@@ -13,6 +13,7 @@ from vitq_compiler.catalog import pipeline_for
 from vitq_compiler.graph import Graph, producer, readers
 from vitq_compiler.pipeline import Compilation
 from vitq_compiler.targets._flat_stream import flatten_stream, merge_reshapes
+from vitq_compiler.targets._leading import merge_shapes
 from vitq_compiler.targets.onnxruntime import Onnxruntime
 
 RANDOM = np.random.default_rng(0)
@@ -161,10 +162,79 @@ def test_rows_of_another_length_do_not_cancel() -> None:
     assert ops(graph) == ["Reshape", "Gemm", "Gelu", "Reshape", "Reshape"]
 
 
-def test_a_dynamic_token_count_keeps_its_axes() -> None:
+def test_rows_that_are_spread_over_tokens_keep_their_axes() -> None:
     graph = graph_of("g (float[B, T, 8] x, float[M, 8] f) => (float y) { m = Gemm(f, w) h = Add(m, x) y = Gelu(h) }", **WEIGHTS)
     graph.infer_shapes()
     assert flatten_stream(graph) == 0
+
+
+# Tokens whose number is open
+
+OPEN = """lead = Shape <start = 0, end = -1> (x) shape = Concat <axis = 0> (lead, features)
+    f = Reshape(x, flat) m = Gemm(f, w, b) t = Reshape(m, shape) """
+OPEN_END = " r = Reshape(h, flat) n = Gemm(r, u) y = Reshape(n, shape)"
+
+
+def open_graph(text: str, size: str = "B, T, 8") -> Graph:
+    graph = graph_of(f"g (float[{size}] x) => (float y) {{ {text} }}", **WEIGHTS, features=np.array([8]), wide=np.array([16]))
+    graph.infer_shapes()
+    for tensor in graph.tensors():  # as canonicalize names sizes
+        if tensor.shape and len(tensor.shape) > 2:
+            tensor.shape = [*size.split(", ")[: len(tensor.shape) - 1], tensor.shape[-1] or 8]
+    return graph
+
+
+@pytest.mark.parametrize("text", ROWWISE.values(), ids=ROWWISE)
+def test_open_tokens_go_as_rows_too(text: str) -> None:
+    graph = open_graph(OPEN + text + OPEN_END)
+    assert flattened(graph) == 1
+    assert ops(graph).count("Reshape") == 2
+    assert ops(graph).count("Shape") == 1
+
+
+@pytest.mark.parametrize("size", ["B, T, 8", "B, H, W, 8"])
+def test_a_residual_of_open_tokens(size: str) -> None:
+    text = "s = Sum(t, x) h = LayerNormalization(s, g, b) r = Reshape(h, flat) n = Gemm(r, u) k = Reshape(n, shape) y = Sum(s, k)"
+    graph = open_graph(OPEN + text, size)
+    assert flattened(graph) == 3
+    assert ops(graph).count("Reshape") == 3, "one of x for the product, one for the sum, and one for the output"
+    assert ops(graph).count("Shape") == 1
+    assert graph.nodes[-1].op == "Reshape"
+
+
+def test_sizes_without_names_keep_their_axes() -> None:
+    graph = open_graph(OPEN + "h = Gelu(t)" + OPEN_END)
+    graph.tensor("h").shape = [None, None, 8]
+    assert flatten_stream(graph) == 0
+
+
+def test_rows_and_heads_in_one_reshape() -> None:
+    """Reshape[0, 0, 2, 4](Reshape[B, T, 8](m))  ->  Reshape[B, T, 2, 4](m)"""
+    graph = open_graph(OPEN + "y = Reshape(t, heads)")
+    graph.tensor("t").shape = ["B", "T", 8]
+    heads = graph.tensor("y").inputs[0]
+    heads.inputs[1] = graph.constant("heads", np.array([0, 0, 2, 4]))
+    feed = feed_of(graph)
+    before = run_model(graph, feed)
+    assert merge_reshapes(graph) == 1
+    assert ops(graph).count("Reshape") == 2
+    assert difference(before, run_model(graph, feed)) == 0
+    heads.inputs[1] = graph.constant("other", np.array([0, -1, 8]))
+    assert merge_reshapes(graph) == 0, "it copies one size and not the other"
+
+
+def test_one_shape_for_all_tensors_of_the_same_sizes() -> None:
+    text = """a = Relu(x) s = Shape <start = 0, end = -1> (x) t = Shape <start = 0, end = -1> (a) v = Shape <start = 0, end = 1> (a)
+        c = Concat <axis = 0> (s, t, v) y = Cast <to = 1> (c)"""
+    graph = open_graph(text)
+    feed = feed_of(graph)
+    before = run_model(graph, feed)
+    assert merge_shapes(graph) == 1
+    assert ops(graph).count("Shape") == 2
+    assert difference(before, run_model(graph, feed)) == 0
+    for tensor in (graph.tensor("x"), graph.tensor("a")):
+        tensor.shape = ["unk__1", "unk__2", 8]
+    assert merge_shapes(graph) == 0, "inference counts what it does not know"
 
 
 @pytest.mark.parametrize("output", ["t", "h", "a", "y"])
