@@ -4,7 +4,7 @@
 
 A Linear that gives more than one of q, k, v, or gives their heads interleaved, is taken apart by weight columns into one
 Linear for each: then no Split and no Transpose is left (ONNX Attention, opset 23). Where the installed runtime has no such
-operator, or lacks another of the graph at that opset, the graph stays as it is.
+operator, or lacks another of the graph at that opset, or the installed onnx ends before that opset, the graph stays as it is.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
+import onnx
 
 from vitq_compiler.blocks.attention import Attention
 from vitq_compiler.graph import Graph, Tensor, is_constant, value
@@ -38,6 +39,9 @@ class FuseAttention(Pass):
         needs = requirement(c.graph.without_weights()[0], opset=max(OPSET, c.graph.opset), more=("Attention", "QuantizeLinear"))
         if not needs.met_by(INSTALLED):
             self.note(c, "attention", f"kept decomposed: the graph would need a newer onnxruntime than the installed one: {needs.reason}")
+            return 0
+        if (newest := onnx.defs.onnx_opset_version()) < OPSET:
+            self.note(c, "attention", f"kept decomposed: the installed onnx {onnx.__version__} ends at opset {newest}, {OPSET} is needed")
             return 0
         changes = 0
         for attention in c.annotations.attentions:

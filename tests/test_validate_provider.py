@@ -33,7 +33,7 @@ def test_only_the_compiled_graph_is_run_with_it(tmp_path: Path, monkeypatch: pyt
     monkeypatch.setattr(ort, "get_available_providers", lambda: [RTX, "CPUExecutionProvider"])
     real, asked = ort.InferenceSession, []
 
-    def start(model: Any, options: Any, providers: list[str], **more: Any) -> Any:
+    def start(model: Any, options: Any = None, *, providers: list[str], **more: Any) -> Any:
         asked.append(providers)
         return real(model, options, providers=["CPUExecutionProvider"], **more)
 

@@ -37,7 +37,10 @@ def pipeline_for(recipe: Recipe, target: Target, passes: str | None = None) -> P
     """
     packing = target.packing if recipe.storage == "native" else ""
     if recipe.storage == "native" and not packing:
-        release = f" of {target.release}" if target.release else ""
+        from vitq_compiler.releases import order
+        from vitq_compiler.runtime import INSTALLED  # here, as listing passes needs no runtime
+
+        release = f" of {min(target.release or INSTALLED, INSTALLED, key=order)}" if target.runs_here else ""
         raise RecipeError(f"target {target.name}{release} runs no INT4 weights beside quantized activations: leave out --storage native")
     if passes is None:
         chosen = recipe.pipeline

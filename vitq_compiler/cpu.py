@@ -13,6 +13,8 @@ from pathlib import Path
 import numpy as np
 import onnx
 
+from vitq_compiler.tensors import from_array
+
 # Flag of /proc/cpuinfo -> what it means for products of uint8 by int8 codes; the first that a CPU has counts.
 X86: Mapping[str, str] = {
     "amx_int8": "AMX",
@@ -50,7 +52,7 @@ def saturates_here() -> bool:
 
     value = onnx.helper.make_tensor_value_info
     node = onnx.helper.make_node("MatMulInteger", ["a", "w"], ["y"])
-    weight = onnx.numpy_helper.from_array(np.full((2, 1), 127, np.int8), "w")
+    weight = from_array(np.full((2, 1), 127, np.int8), "w")
     graph = onnx.helper.make_graph(
         [node], "probe", [value("a", onnx.TensorProto.UINT8, [1, 2])], [value("y", onnx.TensorProto.INT32, [1, 1])], [weight]
     )

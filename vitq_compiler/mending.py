@@ -18,6 +18,7 @@ from onnx import TypeProto, helper, shape_inference
 
 from vitq_compiler.errors import ModelError
 from vitq_compiler.graph import LARGE
+from vitq_compiler.tensors import numpy_type
 
 Dimension = onnx.TensorShapeProto.Dimension
 
@@ -173,5 +174,5 @@ def _differ(declared: Dimension, inferred: Dimension, free: set[str]) -> bool:
 def _shown(kind: TypeProto) -> str:
     tensor = kind.tensor_type
     sizes = ", ".join(str(d.dim_value) if d.HasField("dim_value") else d.dim_param or "?" for d in tensor.shape.dim)
-    name = helper.tensor_dtype_to_np_dtype(tensor.elem_type).name if tensor.elem_type else "of no type"
+    name = numpy_type(tensor.elem_type).name if tensor.elem_type else "of no type"
     return f"{name} [{sizes}]" if tensor.HasField("shape") else name

@@ -19,13 +19,14 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import onnx
-from onnx import TensorProto, helper
+from onnx import helper
 from onnx.defs import OpSchema
 
 from vitq_compiler.decompositions import CHANNELS_FROM, DECOMPOSED
 from vitq_compiler.errors import TargetError
 from vitq_compiler.graph import Graph, Node, Tensor, is_constant, value
 from vitq_compiler.pattern import MatchFailure
+from vitq_compiler.tensors import kind_name, onnx_type
 
 PORTABLE = 20  # known to compilers and runtimes of several years; a graph is in its words, or newer ones, while it is compiled
 STANDARD_DOMAINS = ("", "ai.onnx")
@@ -178,8 +179,8 @@ def _type_name(tensor: Tensor) -> str:
     """As in schemas, such as ``tensor(float16)``; empty where it is not known."""
     if tensor.dtype is None:
         return ""
-    code = tensor.dtype if isinstance(tensor.dtype, int) else helper.np_dtype_to_tensor_dtype(np.dtype(tensor.dtype))
-    return f"tensor({TensorProto.DataType.Name(code).lower()})"
+    code = tensor.dtype if isinstance(tensor.dtype, int) else onnx_type(np.dtype(tensor.dtype))
+    return f"tensor({kind_name(code).lower()})"
 
 
 def _respell(graph: Graph, node: Node, opset: int) -> None:
@@ -240,7 +241,7 @@ def _zero_point_tells(node: Node) -> bool:
 
 
 def _scale_tells(node: Node) -> bool:
-    return node.attrs.get("output_dtype", 0) in (0, helper.np_dtype_to_tensor_dtype(np.dtype(node.inputs[1].dtype)))
+    return node.attrs.get("output_dtype", 0) in (0, onnx_type(np.dtype(node.inputs[1].dtype)))
 
 
 # Operator, and the opset that brought the form to write as the one before.

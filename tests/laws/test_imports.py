@@ -12,6 +12,8 @@ import pytest
 from tests.laws.sources import ROOT, imports, package_files, relative, syntax
 
 GRAPHSURGEON = {"vitq_compiler/graph.py"}
+TENSORS = {"vitq_compiler/tensors.py"}
+CONVERSIONS = {"numpy_helper", "np_dtype_to_tensor_dtype", "tensor_dtype_to_np_dtype"}  # of onnx; older releases lack types
 PRINTERS = {"vitq_compiler/cli.py", "vitq_compiler/__main__.py"}
 OPTIONAL = {"huggingface_hub", "torch", "torchvision", "onnxscript", "timm"}  # must work when absent
 SLOW = {"onnx", "onnxruntime", "onnx_graphsurgeon", "numpy", "scipy", "PIL"} | OPTIONAL
@@ -39,6 +41,14 @@ def eager_roots(tree: ast.AST) -> set[str]:
     return {module.partition(".")[0] for _, module, _ in imports(tree, late=False, typing=False)}
 
 
+def names(tree: ast.AST) -> set[str]:
+    """Every name and attribute that a syntax tree reads or imports."""
+    read = {
+        node.attr if isinstance(node, ast.Attribute) else node.id for node in ast.walk(tree) if isinstance(node, ast.Attribute | ast.Name)
+    }
+    return read | {name for _, _, name in imports(tree) if name}
+
+
 def prints(tree: ast.AST) -> list[int]:
     """Lines that write to the terminal."""
     writers = {"print", "click.echo", "click.secho", "rich.print", "sys.stdout.write", "sys.stderr.write"}
@@ -48,6 +58,11 @@ def prints(tree: ast.AST) -> list[int]:
 @pytest.mark.parametrize("path", FILES, ids=relative)
 def test_graphsurgeon_has_one_door(path: Path) -> None:
     assert "onnx_graphsurgeon" not in roots(syntax(path)) or relative(path) in GRAPHSURGEON
+
+
+@pytest.mark.parametrize("path", FILES, ids=relative)
+def test_types_of_numbers_have_one_door(path: Path) -> None:
+    assert names(syntax(path)) & CONVERSIONS == set() or relative(path) in TENSORS
 
 
 @pytest.mark.parametrize("path", FILES, ids=relative)
@@ -69,6 +84,7 @@ def test_the_checks_see_violations() -> None:
     assert "onnx_graphsurgeon" in roots(ast.parse("def f():\n    import onnx_graphsurgeon.ir as gs"))
     assert eager_roots(ast.parse("try:\n    import torch\nexcept ImportError:\n    torch = None")) == {"torch"}
     assert eager_roots(ast.parse("def f():\n    import torch\nif TYPE_CHECKING:\n    import torch")) == set()
+    assert names(ast.parse("from onnx import helper, numpy_helper as n\nhelper.x(a)")) == {"helper", "numpy_helper", "x", "a"}
     assert prints(ast.parse("def f():\n    print(1)\n    click.echo(2)")) == [2, 3]
 
 

@@ -252,6 +252,14 @@ def test_a_runtime_without_the_operator(installed: str, monkeypatch: pytest.Monk
     )
 
 
+def test_an_onnx_without_the_operator(monkeypatch: pytest.MonkeyPatch) -> None:
+    c = prepared(vit(Sizes(depth=1)))
+    monkeypatch.setattr(fuse_attention.onnx.defs, "onnx_opset_version", lambda: 21)
+    assert changes_of(c, "fuse-attention") == 0
+    assert c.graph.opset == 20
+    assert c.notes[-1].reason == f"kept decomposed: the installed onnx {fuse_attention.onnx.__version__} ends at opset 21, 23 is needed"
+
+
 def test_another_operator_that_has_no_kernel_at_that_opset() -> None:
     """RoiAlign runs as it was in opset 16, and not as it is in 22."""
     c = prepared(vit(Sizes(depth=1)))

@@ -15,6 +15,7 @@ from vitq_compiler.graph import Graph, is_constant, producer, value
 from vitq_compiler.pipeline import Compilation
 from vitq_compiler.quant import Edge
 from vitq_compiler.recipe import load_recipe, parse_recipe
+from vitq_compiler.targets import onnxruntime
 from vitq_compiler.validation import kernels
 
 SIZES = Sizes(depth=2, width=16, hidden=32)
@@ -113,6 +114,14 @@ def test_without_the_cast_there_is_no_integer_kernel() -> None:
 def test_tensorrt_has_no_such_weights() -> None:
     with pytest.raises(RecipeError, match="target tensorrt runs no INT4 weights beside quantized activations: leave out --storage native"):
         pipeline_for(load_recipe("best").stored("native"), load_target("tensorrt"))
+
+
+@pytest.mark.parametrize("version", ["", "newest"])
+def test_an_older_runtime_has_none(version: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    for module in (runtime, onnxruntime):
+        monkeypatch.setattr(module, "INSTALLED", "1.22")
+    with pytest.raises(RecipeError, match=r"target onnxruntime of 1\.22 runs no INT4 weights .*: leave out --storage native"):
+        pipeline_for(load_recipe("best").stored("native"), load_target("onnxruntime", {"version": version}))
 
 
 def test_a_recipe_may_ask_for_it() -> None:

@@ -86,7 +86,8 @@ class Onnxruntime(Target):
     @property
     def packing(self) -> str:  # type: ignore[override]  # likewise
         """The pass that stores weights of few bits in a type of their own, which the runtime has to widen."""
-        return "pack-weights" if not self.release or order(self.release) >= order(TYPES["Cast", TensorProto.INT4]) else ""
+        release = min(self.release or INSTALLED, INSTALLED, key=order)  # the installed one has to run the result too
+        return "pack-weights" if order(release) >= order(TYPES["Cast", TensorProto.INT4]) else ""
 
     def lower_opset(self, c: Compilation) -> int:
         """Write the graph in the words of the release, as far as it can be; the installed one has to run it too."""
