@@ -5,15 +5,15 @@
 A compiler that takes types from the graph (TensorRT, strongly typed) computes in float32 whatever the graph has in float32:
 attention is then not fused, and every integer product writes four bytes for each number.
 
-Where it is safe: LayerNormalization keeps its statistics in float32 (ONNX attribute ``stash_type``), a softmax subtracts the
-maximum first, and products accumulate in float32. What else could overflow is measured: every operation that reads or writes
+Where it is safe: LayerNormalization keeps its statistics in float32 (ONNX attribute ``stash_type``), as is done for a decomposed
+normalization by the root of a mean square; a softmax subtracts the maximum first, and products accumulate in float32. What else could overflow is measured: every operation that reads or writes
 values within ``headroom`` of the largest half (65504), on a calibration batch, stays in float32 and is noted. bfloat16 has
 the range of float32. A scale is rounded up to a half, and the codes of a weight are taken again with the rounded one.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,7 +24,8 @@ from ml_dtypes import bfloat16
 from onnx import TensorProto
 
 from vitq_compiler.errors import TargetError
-from vitq_compiler.graph import Array, Graph, Node, Tensor, is_constant, scalar, value
+from vitq_compiler.graph import Array, Graph, Node, Tensor, is_constant, readers, scalar, value
+from vitq_compiler.pattern import const, either, match, op, var
 from vitq_compiler.pipeline import Compilation, Fact, Pass
 from vitq_compiler.runtime import Feed, limited, rounds_half, run, session
 from vitq_compiler.views import VIEWS
@@ -41,6 +42,10 @@ QDQ = frozenset({"QuantizeLinear", "DequantizeLinear"})
 TYPED_BY_ATTRIBUTE = frozenset({"Cast", "ConstantOfShape"})  # which `_narrow` writes
 SCATTERS = frozenset({"ScatterElements", "ScatterND"})
 FLOAT32_INPUTS = {"Resize": (2,), "Upsample": (1,)}  # scales of sizes, float32 whatever the data
+
+
+_square = either(op.Pow(var("x"), const(equals=2.0)).named("square"), op.Mul(var("x"), var("x")).named("square"))
+MEAN_SQUARE_ROOT = op.Sqrt(op.Add(op.ReduceMean(_square).named("mean"), const("epsilon")).named("sum"))
 
 
 @dataclass(frozen=True)
@@ -95,8 +100,11 @@ class NarrowFloats(Pass):
         reach = {} if self.to == "bf16" else largest_values(c.graph, limited(c.graph.inputs, c.data.calibration(), SAMPLES), c.threads)
         met = {n.name: max((reach[t.name] for t in (*n.inputs, *n.outputs) if t.name in reach), default=0.0) for n in c.graph.nodes}
         large = [name for name, largest in met.items() if largest > LARGEST / self.headroom]
+        statistics = {node.name for node in _statistics(c.graph)}
         for node in c.graph.nodes:
-            if node.name in large:
+            if node.name in statistics:
+                found[node.name] = "statistics of a normalization are float32"
+            elif node.name in large:
                 found[node.name] = f"it meets values of {met[node.name]:.3g}, and the largest half is {LARGEST:.0f}"
             elif not _has_half(node, c.graph.opset, self.to):
                 found[node.name] = f"{node.op} has no {self.to} form"
@@ -131,6 +139,15 @@ def largest_values(graph: Graph, feeds: Iterable[Feed], threads: int) -> dict[st
     copy.set_outputs(largest)
     runtime = session(copy, threads=threads, brief=True)
     return dict(zip(names, np.max([run(runtime, feed) for feed in feeds], axis=0).tolist(), strict=True))
+
+
+def _statistics(graph: Graph) -> Iterator[Node]:
+    """The nodes of x / sqrt(mean(x^2) + eps), however often."""
+    for root in graph.find("Sqrt"):
+        bound = match(MEAN_SQUARE_ROOT, root.outputs[0])
+        if bound is not None:
+            yield from (bound["square"], bound["mean"], bound["sum"], root)
+            yield from (node for node in readers(root.outputs[0]) if node.op == "Div")
 
 
 def _has_half(node: Node, opset: int, to: str) -> bool:

@@ -117,10 +117,7 @@ def models() -> Iterator[tuple[str, onnx.ModelProto]]:
 
 OPERATORS: dict[str, tuple[str, dict[str, np.ndarray]]] = {
     "Bernoulli": ("p = Sigmoid(x) y = Bernoulli(p)", {}),
-    "DeformConv": (
-        "y = DeformConv <kernel_shape = [2, 2]> (x, k, o)",
-        {"k": np.ones((1, 1, 2, 2), np.float32), "o": np.zeros((1, 8, 3, 3), np.float32)},
-    ),
+    "DeformConv": ("y = DeformConv(x, k, o)", {"k": np.ones((1, 1, 2, 2), np.float32), "o": np.zeros((1, 8, 3, 3), np.float32)}),
     "GlobalLpPool": ("y = GlobalLpPool(x)", {}),
     "ImageDecoder": ("i = ImageDecoder(bytes) f = Cast <to = 1> (i) m = ReduceMean(f) y = Add(x, m)", {"bytes": np.zeros(8, np.uint8)}),
     "LpNormalization": ("y = LpNormalization(x)", {}),
@@ -160,7 +157,7 @@ COMPILED: dict[str, dict[str, Any]] = {
     "1.16": {"target_options": {"version": "1.16"}},
     "1.20": {"target_options": {"version": "1.20"}},
     "native": {"recipe": "best", "bits": "w4a4", "storage": "native"},
-    **{name: {"recipe": name, "bits": "w4a4"} for name in ("best", "adalog", "ptq4vit", "fq-vit", "is-vit", "dopq-vit", "repq-vit")},
+    **{name: {"recipe": name, "bits": "w4a4"} for name in ("best", "adalog", "ptq4vit", "fq-vit", "dopq-vit", "repq-vit", "fast-w4a4")},
     "tensorrt 8.6": {"target": "tensorrt", "target_options": {"version": "8.6"}},
     "tensorrt 10": {"target": "tensorrt"},
     "tensorrt 10, attention": {"target": "tensorrt", "attention": "int8"},

@@ -154,3 +154,16 @@ def test_operators_without_a_half(text: str, reason: str) -> None:
     (y,), (reference,) = run_model(c.graph, feed), run_model(before, feed)
     if "Random" not in text:
         np.testing.assert_allclose(y, reference, atol=5e-3)
+
+
+def test_the_statistics_of_a_normalization_stay_in_float32() -> None:
+    c, before = narrowed(
+        "s = Pow(x, two) m = ReduceMean(s, axes) a = Add(m, epsilon) r = Sqrt(a) d = Div(x, r) y = Mul(d, gamma)",
+        two=np.float32(2),
+        axes=np.array([-1]),
+        epsilon=np.float32(1e-2),
+        gamma=np.arange(1, 5, dtype=np.float32),
+    )
+    assert ops(c.graph) == ["Pow", "ReduceMean", "Add", "Sqrt", "Div", "Cast", "Mul", "Cast"]
+    feed = {"x": feed_of(before)["x"] * 1e-4}  # whose squares are no halves
+    np.testing.assert_allclose(run_model(c.graph, feed)[0], run_model(before, feed)[0], rtol=2e-3)

@@ -57,11 +57,24 @@ def _one_sided(model: Model, platform: Platform) -> Iterator[Fault]:
             yield Fault(gemm, f"only its {side} operand is quantized")
 
 
+def _statistics(model: Model) -> Iterator[Node]:
+    """The nodes of x / sqrt(mean(x^2) + eps): like those inside LayerNormalization they compute in float32."""
+    for root in model.find("Sqrt"):
+        found = [root]
+        for ops in (("Add",), ("ReduceMean",), ("Pow", "Mul")):
+            before = [v.producer for v in found[-1].inputs if v is not None and v.producer is not None and v.producer.op in ops]
+            found += before[:1]
+        if len(found) == 4:
+            yield from (*found, *(node for node in root.readers() if node.op == "Div"))
+
+
 def _float32(model: Model, platform: Platform) -> Iterator[Fault]:
+    statistics = set(_statistics(model))
     left = [
         node
         for node in model.nodes
         if node.op in COMPUTES and node.domain == "" and node.output.dtype == TensorProto.FLOAT and not model.is_static(node.output)
+        if node not in statistics
     ]
     if left:
         counts = ", ".join(f"{count} {op}" for op, count in sorted(Counter(node.op for node in left).items()))
@@ -237,7 +250,7 @@ RULES = (
     Rule(
         "S02",
         WARNING,
-        "what is not quantized is FP16 or BF16 in the file",
+        "what is not quantized is FP16 or BF16 in the file, but for the statistics of normalizations",
         "a strongly typed network computes in the types it is given: FP32 leaves attention unfused and needs half as many layers again",
         "convert the rest of the graph to FP16",
         _float32,
