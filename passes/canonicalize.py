@@ -7,6 +7,7 @@ open. Where these are more than the batch, sizes inside the graph get names, the
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 
@@ -14,6 +15,8 @@ from vitq_compiler.graph import Graph, Node, Tensor, is_constant, producer, scal
 from vitq_compiler.passes._fold_static import fold_static
 from vitq_compiler.passes._observed import name_sizes
 from vitq_compiler.pipeline import Compilation, Fact, Pass
+from vitq_compiler.probing import find_probes
+from vitq_compiler.runtime import run, session
 
 
 @dataclass(frozen=True)
@@ -27,7 +30,8 @@ class Canonicalize(Pass):
     def run(self, c: Compilation) -> int:
         graph = c.graph
         changes = fold_constant_nodes(graph)
-        folded, seen = fold_static(graph, c.probes, c.threads, lambda reason: self.note(c, "shapes", reason))
+        probes = c.probes or find_probes(graph, next(c.data.calibration()), partial(run, session(graph, threads=c.threads, brief=True)))
+        folded, seen = fold_static(graph, probes, c.threads, lambda reason: self.note(c, "shapes", reason))
         graph.clean().infer_shapes()
         changes += folded + remove_no_ops(graph)
         changes += unshare_constants(graph)

@@ -6,9 +6,10 @@ A compiler that takes types from the graph (TensorRT, strongly typed) computes i
 attention is then not fused, and every integer product writes four bytes for each number.
 
 Where it is safe: LayerNormalization keeps its statistics in float32 (ONNX attribute ``stash_type``), as is done for a decomposed
-normalization by the root of a mean square; a softmax subtracts the maximum first, and products accumulate in float32. What else could overflow is measured: every operation that reads or writes
-values within ``headroom`` of the largest half (65504), on a calibration batch, stays in float32 and is noted. bfloat16 has
-the range of float32. A scale is rounded up to a half, and the codes of a weight are taken again with the rounded one.
+normalization by the root of a mean square; a softmax subtracts the maximum first, and products accumulate in float32. What else
+could overflow is measured: every operation that reads or writes values within ``headroom`` of the largest half (65504), on a
+calibration batch, stays in float32 and is noted. bfloat16 has the range of float32. A scale is rounded up to a half, and the codes
+of a weight are taken again with the rounded one.
 """
 
 from __future__ import annotations

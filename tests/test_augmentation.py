@@ -59,6 +59,6 @@ def test_copies_follow_their_batch(tmp_path: Path) -> None:
 
 
 def test_what_is_no_picture_is_refused(tmp_path: Path) -> None:
-    np.savez(tmp_path / "x.npz", x=np.zeros((4, 5), np.float32))
+    np.savez(tmp_path / "x.npz", x=np.arange(20, dtype=np.float32).reshape(4, 5))
     with pytest.raises(DataError, match="2 altered copies are asked for, and the model takes no pictures: leave them out"):
         open_data(tmp_path / "x.npz", [InputSpec("x", np.dtype(np.float32), (0, 5))], resolve("none", None), augment=2)

@@ -65,4 +65,4 @@ def test_the_words(report: CompileReport) -> None:
     assert lines[1].endswith(": Softmax of attention 0")
     assert lines[2].endswith("has nothing for Softmax")
     assert any("separate-heads" in line for line in explain(report, "^Squeeze$"))
-    assert explain(report, "attention 1")[0].startswith("'attention 1' finds 4 Linear layers and ")
+    assert explain(report, "attention 1")[0].startswith("'attention 1' finds 2 Linear layers and ")

@@ -203,5 +203,5 @@ def test_the_metadata_of_a_file(tmp_path: Path) -> None:
     onnx.save(vit(SIZES), tmp_path / "vit.onnx")
     report = compile(tmp_path / "vit.onnx", tmp_path / "out.onnx", samples=4, threads=1)
     model = onnx.load(tmp_path / "out.onnx")
-    assert {p.key: p.value for p in model.metadata_props} == {"onnxruntime": ">=1.17"}
+    assert {p.key: p.value for p in model.metadata_props} == {"cpu": "any", "onnxruntime": ">=1.17"}
     assert (report.needs.opset, report.needs.ir_version, report.needs.releases) == (20, 9, "onnxruntime 1.17 and later")

@@ -104,7 +104,7 @@ def test_gradients_agree_with_finite_differences(dialect: Dialect, fused: bool) 
     c = compilation(vit(Sizes(depth=1), dialect))
     run_passes(c, FRONT + (",fuse-attention" if fused else ""))
     function, feed = double(c.graph, feed_of(c.graph))
-    weights = {Edge(linear.name, 1): torch.from_numpy(value(linear.weight)).double() for linear in c.annotations.linears}
+    weights = {Edge(linear.name, 1): torch.from_numpy(value(linear.weight).copy()).double() for linear in c.annotations.linears}
     steps = {edge: torch.from_numpy(RANDOM.normal(size=tuple(w.shape))) for edge, w in weights.items()}
 
     def loss(edge: Edge, amount: float) -> float:

@@ -139,7 +139,7 @@ def _mend_types(model: onnx.ModelProto) -> list[str]:
 
 
 def _inferred(model: onnx.ModelProto) -> dict[str, TypeProto]:
-    """Types and shapes of tensors as ONNX infers them from inputs and weights alone."""
+    """Types and shapes of tensors as ONNX infers them from inputs and weights alone; none where it knows an operator not at all."""
     large = [t for t in model.graph.initializer if np.prod(t.dims) >= LARGE]
     names = {t.name for t in large}
     light = onnx.ModelProto(ir_version=max(model.ir_version, 4), opset_import=model.opset_import, functions=model.functions)
@@ -149,7 +149,10 @@ def _inferred(model: onnx.ModelProto) -> dict[str, TypeProto]:
     graph.initializer.extend(t for t in model.graph.initializer if t.name not in names)
     graph.output.extend(onnx.ValueInfoProto(name=t.name) for t in model.graph.output)
     light.graph.CopyFrom(graph)
-    result = shape_inference.infer_shapes(light, data_prop=True).graph
+    try:
+        result = shape_inference.infer_shapes(light, data_prop=True).graph
+    except shape_inference.InferenceError:  # what the model is refused for is said better by what reads it next
+        return {}
     return {t.name: t.type for t in (*result.value_info, *result.output) if t.type.HasField("tensor_type")}
 
 

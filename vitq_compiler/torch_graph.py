@@ -90,7 +90,7 @@ def _functions(torch: Any) -> dict[str, Operator]:
     def lift(x: Any, like: Any = None) -> Any:
         if torch.is_tensor(x):
             return x
-        return torch.as_tensor(np.asarray(x), device=like.device if torch.is_tensor(like) else None)
+        return torch.as_tensor(np.array(x), device=like.device if torch.is_tensor(like) else None)
 
     def quantize_linear(node: Node, x: Any, scale: Any, zero_point: Any) -> Any:
         """Codes as floats, with the gradient of what is rounded."""

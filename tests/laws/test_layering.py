@@ -18,9 +18,9 @@ LAYERS = (
     ("cli",),
     ("",),
     ("arguments", "check", "compiler", "diagnosis", "inspection", "terminal"),
-    ("opening", "passes", "probing", "provenance", "sensitivity", "verdict"),
+    ("opening", "passes", "provenance", "sensitivity", "verdict"),
     ("annotations", "catalog", "explain", "plots", "preprocess_in_graph", "recipe", "repair", "report", "training", "validation", "verify"),
-    ("prefix",),
+    ("prefix", "probing"),
     ("saturation",),
     ("blocks", "quantizers", "targets"),
     (
