@@ -145,7 +145,7 @@ def test_every_family_of_the_zoo(family: str) -> None:
     feed = feed_of(graph)
     agree(graph, feed)
     function, exact = double(graph, feed)
-    weights = {Edge(linear.name, 1): torch.from_numpy(value(linear.weight)).double() for linear in c.annotations.linears}
+    weights = {Edge(linear.name, 1): torch.from_numpy(value(linear.weight).copy()).double() for linear in c.annotations.linears}
     steps = {edge: torch.from_numpy(RANDOM.normal(size=tuple(w.shape))) for edge, w in weights.items()}
     amount = torch.zeros((), dtype=torch.float64, requires_grad=True)
 

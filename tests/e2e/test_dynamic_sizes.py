@@ -70,7 +70,7 @@ def export(path: Path, dynamo: bool) -> None:
 def test_every_image_size(tmp_path: Path, dynamo: bool) -> None:
     export(tmp_path / "vit.onnx", dynamo)
     report = compile(tmp_path / "vit.onnx", tmp_path / "out.onnx", samples=8, threads=1, preprocess="resize=32,crop=32")
-    assert {row.role for row in report.linears if not row.integer} <= {"head"}
+    assert {row.role for row in report.linears if not row.integer} <= {"head", "patch_embed"}, "a convolution on open sizes"
     assert {row.kernel for row in report.linears if row.integer} == {"QGemm"}
     assert len({row.block for row in report.linears if row.block}) == 2 * DEPTH
     original, result = onnx.load(tmp_path / "vit.onnx"), onnx.load(tmp_path / "out.onnx")
