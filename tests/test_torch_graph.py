@@ -145,8 +145,9 @@ def test_every_family_of_the_zoo(family: str) -> None:
     feed = feed_of(graph)
     agree(graph, feed)
     function, exact = double(graph, feed)
+    random = np.random.default_rng(5)  # of its own: a maximum has no slope where two are equal, which some draws come near
     weights = {Edge(linear.name, 1): torch.from_numpy(value(linear.weight).copy()).double() for linear in c.annotations.linears}
-    steps = {edge: torch.from_numpy(RANDOM.normal(size=tuple(w.shape))) for edge, w in weights.items()}
+    steps = {edge: torch.from_numpy(random.normal(size=tuple(w.shape))) for edge, w in weights.items()}
     amount = torch.zeros((), dtype=torch.float64, requires_grad=True)
 
     def loss(amount: Any) -> Any:
